@@ -1,0 +1,41 @@
+# Each target does its own set-up first: Debian packages that are missing, .venv, pinned Python packages.
+# PYTHON=/path/to/python3 chooses the interpreter; ARGS="-k fsync" goes to the program a target runs.
+
+MAKEFLAGS += --no-print-directory
+SETUP := @bash scripts/setup.sh
+PY := .venv/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install test-setup demo test stress lint bench clean
+
+help:  ## these lines
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install:  ## set up to run: leaves .venv/bin/cachefs
+	$(SETUP) run
+
+test-setup:  ## set up to test: the programs that tests and benchmarks run on a mount
+	$(SETUP) test
+
+demo:  ## the main job in a minute: real programs on a slow store, cold and warm
+	$(SETUP) demo
+	@$(PY) scripts/demo.py $(ARGS)
+
+test: test-setup  ## all tests but the slow ones
+	@$(PY) -m pytest $(ARGS)
+
+stress: test-setup  ## the slow tests: stress-ng and random operations for minutes
+	@$(PY) -m pytest -m slow --timeout 1800 $(ARGS)
+
+lint:  ## ruff, and mypy --strict on both packages
+	$(SETUP) lint
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+bench: test-setup  ## speed against the bare stack, the kernel's cache and the plain directory
+	@$(PY) bench/run.py $(ARGS)
+
+clean:  ## remove everything that was made here, .venv too
+	@rm -rf .venv build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""`python -m cachefs`."""
+
+from cachefs.cli import main
+
+main()

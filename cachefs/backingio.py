@@ -1,0 +1,122 @@
+"""Calls to the backing: inline where it is local, in threads where it may take long, and timed in either case."""
+
+import errno
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from backing.base import Backing
+from cachefs.cache.speed import BackingSpeed
+from cachefs.statistics import BackingStatistics, Histogram
+
+T = TypeVar("T")
+THREADS_MAX = 64  # calls under way at once; readahead over a distant store wants many, each thread costs 8 KiB or so
+
+
+class BackingIO:
+    """The one place that calls `backing`. State belongs to the trio thread; threads only run the call itself."""
+
+    def __init__(self, backing: Backing) -> None:
+        self.backing = backing
+        self.speed = BackingSpeed()
+        self.durations: dict[str, Histogram] = {}  # {op: durations}
+        self.errors: Counter[str] = Counter()  # {errno name: calls}
+        self.read_bytes = 0
+        self._limiter = trio.CapacityLimiter(THREADS_MAX)
+
+    async def call(self, op: str, function: Callable[..., T], *args: object) -> T:
+        """`function(*args)`, which calls the backing. Inline it is atomic: no checkpoint."""
+        if self.backing.blocking:
+            return await self.in_thread(op, function, *args)
+        start = time.perf_counter()
+        try:
+            return function(*args)
+        except OSError as error:
+            self._count_error(error)
+            raise
+        finally:
+            self._observe(op, time.perf_counter() - start)
+
+    async def in_thread(self, op: str, function: Callable[..., T], *args: object) -> T:
+        """The same in a thread. Not cancelled half way: a call that was begun is waited for."""
+        start = time.perf_counter()
+        try:
+            # Not abandoned when cancelled (trio's default): the call was begun.
+            return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)
+        except OSError as error:
+            self._count_error(error)
+            raise
+        finally:
+            self._observe(op, time.perf_counter() - start)
+
+    def read_now(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        """What the backing has at hand; BlockingIOError where it would wait."""
+        start = time.perf_counter()
+        nbytes = self.backing.preadv_nowait(fd, buffers, offset)
+        self._observe("read", time.perf_counter() - start)
+        self.read_bytes += nbytes
+        return nbytes
+
+    async def read(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        """Fills `buffers` from `offset`; fewer bytes only at the end of the file."""
+        start = time.perf_counter()
+        nbytes = await self.in_thread("read", read_fully, self.backing, fd, buffers, offset)
+        now = time.perf_counter()
+        self.speed.observe(nbytes, now - start, now)
+        self.read_bytes += nbytes
+        return nbytes
+
+    def _observe(self, op: str, seconds: float) -> None:
+        histogram = self.durations.get(op)
+        if histogram is None:
+            histogram = self.durations[op] = Histogram()
+        histogram.observe(seconds)
+
+    def _count_error(self, error: OSError) -> None:
+        number = error.errno or errno.EIO
+        # Names that are not there and pages that would wait are answers, not failures.
+        if number not in (errno.ENOENT, errno.ENODATA, errno.EAGAIN, errno.EEXIST, errno.ENOTEMPTY, errno.EOPNOTSUPP):
+            self.errors[errno.errorcode.get(number, str(number))] += 1
+
+    def statistics(self) -> BackingStatistics:
+        return BackingStatistics(
+            durations={op: histogram.snapshot() for op, histogram in sorted(self.durations.items())},
+            errors=dict(self.errors),
+            read_bytes=self.read_bytes,
+            latency_seconds=self.speed.latency_seconds,
+            bandwidth_bytes_per_second=self.speed.bandwidth_bytes_per_second,
+        )
+
+
+def read_fully(backing: Backing, fd: int, buffers: list[memoryview], offset: int) -> int:
+    """Reads until `buffers` are full or the file ends; runs in a thread."""
+    total = 0
+    while buffers:
+        nbytes = backing.preadv(fd, buffers, offset + total)
+        if not nbytes:
+            break
+        total += nbytes
+        buffers = _after(buffers, nbytes)
+    return total
+
+
+def write_fully(backing: Backing, fd: int, buffers: list[memoryview], offset: int) -> None:
+    """Writes all of `buffers`; runs in a thread."""
+    while buffers:
+        nbytes = backing.pwritev(fd, buffers, offset)
+        if not nbytes:
+            raise OSError(errno.EIO, "the backing wrote nothing")
+        offset += nbytes
+        buffers = _after(buffers, nbytes)
+
+
+def _after(buffers: list[memoryview], nbytes: int) -> list[memoryview]:
+    """What is left of `buffers` behind their first `nbytes` bytes."""
+    for i, buffer in enumerate(buffers):
+        if nbytes < len(buffer):
+            return [buffer[nbytes:], *buffers[i + 1 :]]
+        nbytes -= len(buffer)
+    return []

@@ -1,0 +1,148 @@
+"""The one piece of memory that all pages live in.
+
+The arena is an anonymous mapping far larger than the cache: address space costs nothing, only pages that were touched
+have memory behind them. So every group has a slot with a fixed place for each of its pages, and pages of a file that are
+neighbours in the file are neighbours in memory, however they came and went. Slots come in two sizes, because page tables
+cost 4 KiB for every 2 MiB of addresses in use: 1 MiB, and 64 KiB for groups of small files. A group is given the slot
+behind its predecessor's where that is free, so that reads across a group's end find one run of memory too.
+
+Memory behind pages that left is kept for reuse (a first touch costs four times a copy here, docs/decisions.md), up to
+`slack_pages`; beyond that it goes back to the kernel. `physical_pages` never exceeds `capacity_pages + slack_pages`.
+"""
+
+import mmap
+from itertools import pairwise
+
+from cachefs.cache.page import GROUP_PAGES, PAGE_SIZE, SMALL_PAGES, Group, runs
+from cachefs.errors import CachefsError
+
+MAP_NORESERVE = 0x4000  # linux/mman.h; Python names it from 3.13 on
+LARGEST_BYTES = 1 << 46  # 64 TiB of addresses, half of what a process has
+SLACK_MAX_PAGES = (32 << 20) // PAGE_SIZE
+
+
+class Arena:
+    """Memory for `capacity_pages` resident pages; hands out slots and takes them back."""
+
+    def __init__(self, capacity_pages: int) -> None:
+        self.capacity_pages = capacity_pages
+        self.slack_pages = min(SLACK_MAX_PAGES, max(GROUP_PAGES, capacity_pages // 8))
+        self.physical_pages = 0
+        self._map = _reserve(capacity_pages)
+        self.view = memoryview(self._map)
+        half = len(self._map) // 2  # large slots grow from 0, small ones from the middle
+        self._large = _Slots(0, half, GROUP_PAGES)
+        self._small = _Slots(half, len(self._map), SMALL_PAGES)
+        self._holey: dict[Group, None] = {}  # groups with touched pages that are not resident, oldest first
+
+    def allocate(self, pages: int, near: int) -> tuple[int, int, int]:
+        """A slot for `pages` pages: (base, capacity, touched mask), at offset `near` if that one is free (-1: anywhere)."""
+        slots = self._small if pages <= SMALL_PAGES else self._large
+        base, touched = slots.take(near)
+        return base, slots.pages, touched
+
+    def release(self, group: Group) -> None:
+        """Takes back the slot of a group that has no resident page left."""
+        self._holey.pop(group, None)
+        slots = self._small if group.capacity == SMALL_PAGES else self._large
+        slots.give(group.base, group.touched)
+
+    def touch(self, group: Group, mask: int) -> None:
+        """To be called before anything is written to pages `mask`: accounts for their memory, gives back stale memory."""
+        fresh = mask & ~group.touched
+        if fresh:
+            group.touched |= fresh
+            self.physical_pages += fresh.bit_count()
+            if self.physical_pages > self.capacity_pages + self.slack_pages:
+                self._give_back()
+
+    def leave_holes(self, group: Group) -> None:
+        """Notes that pages of `group` left but their memory stays."""
+        self._holey[group] = None
+
+    def zero(self, start: int, end: int) -> None:
+        if end > start:
+            self.view[start:end] = bytes(end - start)
+
+    def _give_back(self) -> None:
+        limit = self.capacity_pages + self.slack_pages
+        while self.physical_pages > limit:
+            if self._holey:
+                group = next(iter(self._holey))
+                del self._holey[group]
+                stale = group.touched & ~group.resident
+                group.touched &= ~stale
+                self._discard(group.base, stale)
+            else:
+                slots = self._large if self._large.warm else self._small
+                self._discard(*slots.cool())
+
+    def _discard(self, base: int, mask: int) -> None:
+        self.physical_pages -= mask.bit_count()
+        for first, count in runs(mask):
+            self._map.madvise(mmap.MADV_DONTNEED, base + first * PAGE_SIZE, count * PAGE_SIZE)
+
+    def check(self, groups: list[Group]) -> None:
+        """Asserts that memory is accounted for: what groups touched and what warm slots hold."""
+        held = sum(group.touched.bit_count() for group in groups)
+        warm = sum(mask.bit_count() for slots in (self._large, self._small) for mask in slots.warm.values())
+        assert self.physical_pages == held + warm, (self.physical_pages, held, warm)
+        assert self.physical_pages <= self.capacity_pages + self.slack_pages
+        taken = [(g.base, g.base + g.capacity * PAGE_SIZE) for g in groups]
+        taken += [(b, b + s.pages * PAGE_SIZE) for s in (self._large, self._small) for b in (*s.warm, *s.cold)]
+        taken.sort()
+        assert all(a[1] <= b[0] for a, b in pairwise(taken)), "slots overlap"
+
+
+class _Slots:
+    """Free slots of one size in [start, end) of the arena. `warm` ones have memory behind some pages, `cold` ones none."""
+
+    def __init__(self, start: int, end: int, pages: int) -> None:
+        self.pages = pages
+        self.warm: dict[int, int] = {}  # {base: touched mask}, in the order they were given back
+        self.cold: dict[int, int] = {}  # {base: 0}
+        self._next, self._end = start, end
+
+    def take(self, near: int) -> tuple[int, int]:
+        # Oldest first: slots come back in the order they were filled, so streams find their neighbours free again.
+        for free in (self.warm, self.cold):
+            if near in free:
+                return near, free.pop(near)
+        if self.warm:
+            base = next(iter(self.warm))
+            return base, self.warm.pop(base)
+        if self.cold:
+            base = next(iter(self.cold))
+            return base, self.cold.pop(base)
+        base = self._next
+        if base + self.pages * PAGE_SIZE > self._end:
+            raise MemoryError("the arena has no address space left")
+        self._next += self.pages * PAGE_SIZE
+        return base, 0
+
+    def give(self, base: int, touched: int) -> None:
+        (self.warm if touched else self.cold)[base] = touched
+
+    def cool(self) -> tuple[int, int]:
+        """Makes the youngest warm slot cold: (base, mask that has to be given back)."""
+        base, touched = self.warm.popitem()
+        self.cold[base] = 0
+        return base, touched
+
+
+def _reserve(capacity_pages: int) -> mmap.mmap:
+    """Address space with a slot for every page, were each in a group of its own; less where the system is strict."""
+    smallest = max(4, 4 * capacity_pages // GROUP_PAGES) * GROUP_PAGES * PAGE_SIZE
+    length = max(smallest, min(LARGEST_BYTES, 2 * (capacity_pages + GROUP_PAGES) * GROUP_PAGES * PAGE_SIZE))
+    while True:
+        try:
+            memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+            break
+        except (OSError, ValueError) as error:
+            length //= 2
+            if length < smallest:
+                raise CachefsError(f"cannot reserve memory for the cache ({error}); use a smaller --cache-size") from None
+    # A huge page would put 2 MiB behind a single touched page, and the size limit would mean nothing.
+    for advice in (mmap.MADV_NOHUGEPAGE, mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK):
+        memory.madvise(advice)
+    return memory

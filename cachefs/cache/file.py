@@ -1,0 +1,83 @@
+"""One file as the page cache sees it: its size, its groups of pages and what it remembers of pages that left."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from cachefs.cache.page import GROUP_SHIFT, PAGE_SHIFT, PAGE_SIZE, Group, runs
+
+
+class Source(Protocol):
+    """Where the pages of a file come from; all the cache knows of the backing."""
+
+    def read_now(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Bytes read into `buffers` from `offset`; raises BlockingIOError where that would wait for a device or network."""
+
+    async def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Bytes read into `buffers` from `offset`, fewer than asked only at the end of the backing file; raises OSError."""
+
+    async def write(self, extents: Sequence[tuple[int, list[memoryview]]]) -> tuple[int, OSError | None]:
+        """Writes extents (offset, buffers) in order; returns how many were written, and what stopped it."""
+
+
+class CachedFile:
+    """The cached part of one file.
+
+    `size` is what programs see, in bytes; the backing's may lag behind while pages are dirty. Bytes of an up to date page
+    that lie past `size` are zero, so that a file can grow without touching old pages.
+    """
+
+    __slots__ = (
+        "dirty_groups", "dirty_pages", "evicted", "groups", "id", "invalidated", "resident_pages", "size", "source",
+        "writeback_pages",
+    )  # fmt: skip
+
+    def __init__(self, file_id: int, source: Source, size: int) -> None:
+        self.id = file_id
+        self.source = source
+        self.size = size
+        self.groups: dict[int, Group] = {}  # {group index: Group}, only groups with resident pages
+        self.dirty_groups: dict[int, None] = {}  # indexes of groups with dirty pages, first dirtied first
+        self.resident_pages = 0
+        self.dirty_pages = 0
+        self.writeback_pages = 0
+        self.evicted: dict[int, int] = {}  # {group index: mask} of pages that were evicted and not filled since
+        self.invalidated: dict[int, int] = {}  # the same for pages dropped because the backing changed
+
+    @property
+    def end_page(self) -> int:
+        """Index behind the last page."""
+        return (self.size + PAGE_SIZE - 1) // PAGE_SIZE
+
+    @property
+    def unwritten(self) -> bool:
+        """Whether anything of this file is not on the backing yet."""
+        return bool(self.dirty_pages or self.writeback_pages)
+
+    @property
+    def dirty_since(self) -> float:
+        """When the page that has been dirty longest became so; only with dirty pages."""
+        return min(self.groups[index].dirty_since for index in self.dirty_groups)
+
+    def dirty_extents(self) -> list[tuple[int, int]]:
+        """What is newer than the backing, as (offset, length) in bytes, ascending."""
+        found: list[tuple[int, int]] = []
+        for index in sorted(self.groups):
+            group = self.groups[index]
+            for first, count in runs(group.dirty | group.writeback):
+                offset = (index << GROUP_SHIFT | first) << PAGE_SHIFT
+                length = min(count << PAGE_SHIFT, self.size - offset)
+                if found and sum(found[-1]) == offset:
+                    found[-1] = (found[-1][0], found[-1][1] + length)
+                else:
+                    found.append((offset, length))
+        return found
+
+    def check(self) -> None:
+        groups = self.groups.values()
+        assert self.resident_pages == sum(g.resident.bit_count() for g in groups)
+        assert self.dirty_pages == sum(g.dirty.bit_count() for g in groups)
+        assert self.writeback_pages == sum(g.writeback.bit_count() for g in groups)
+        assert set(self.dirty_groups) == {g.index for g in groups if g.dirty}
+        for index, group in self.groups.items():
+            assert group.index == index and group.file is self and group.resident, "group without pages"
+            group.check()

@@ -1,0 +1,177 @@
+"""The waiting side of the page cache: misses, readahead and writes that need something first.
+
+`PageCache` never waits; this module does, and re-examines the cache after every await, because anything may have
+happened meanwhile. Fills are shared: whoever finds a page FILLING waits for that fill and looks again. Whoever starts a
+fill for itself runs it in its own task and looks at the result with no await in between, so that it makes progress even
+where pages are evicted as fast as they come.
+"""
+
+from collections.abc import Callable
+
+import trio
+
+from cachefs.cache.file import CachedFile
+from cachefs.cache.page import GROUP_PAGES, PAGE_SHIFT, PAGE_SIZE
+from cachefs.cache.pagecache import Busy, Fill, NoRoom, PageCache
+from cachefs.cache.readahead import Window
+
+TRIES = 4  # looks at the whole request before it is answered in pieces
+FILL_PAGES_MIN = 32  # smallest backing call that a readahead window is cut into: 128 KiB
+FILLS_PER_WINDOW = 4  # calls in flight that a window is cut into, so that transfer and latency overlap
+
+
+class Filler:
+    """Reads and writes of files through `cache`; readahead runs in `nursery`. `need_room` is called before waiting for room."""
+
+    def __init__(self, cache: PageCache, nursery: trio.Nursery, need_room: Callable[[], None]) -> None:
+        self.cache = cache
+        self.nursery = nursery
+        self.need_room = need_room
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    async def read(self, file: CachedFile, offset: int, size: int, window: Window | None) -> memoryview | bytes:
+        """The bytes [offset, offset + size), cut at the end of the file, after a look-up that found some page missing.
+
+        Counts the request. The view is good until the next await. Raises the OSError of a backing call that failed.
+        """
+        end = min(offset + size, file.size)
+        if offset >= end:
+            return b""
+        self.cache.count_request(file, offset, end)
+        if (end - offset) >> PAGE_SHIFT <= self.cache.capacity_pages // 4:
+            for _ in range(TRIES):
+                await self._fill_once(file, offset, end, window)
+                end = min(end, file.size)  # it may have been truncated while we waited
+                if offset >= end:
+                    return b""
+                view = self.cache.peek(file, offset, end)
+                if view is not None:
+                    return view
+                window = None
+        return await self._read_in_pieces(file, offset, end)
+
+    async def _fill_once(self, file: CachedFile, offset: int, end: int, window: Window | None) -> None:
+        """Starts what is missing of [offset, end), and the rest of the window, and waits for what was asked for.
+
+        May return early when the state changed while waiting for room; the caller looks again anyway.
+        """
+        start_page, end_page = offset >> PAGE_SHIFT, (end + PAGE_SIZE - 1) >> PAGE_SHIFT
+        others = self.cache.fills_of(file, start_page, end_page)
+        mine: Fill | None = None
+        for page, count in self.cache.absent_runs(file, start_page, end_page):
+            if mine is not None:
+                self._run_soon(mine)
+                others.append(mine)
+                mine = None
+            more = self._more(file, page, count, end_page, window)
+            try:
+                mine = self.cache.start_fill(file, page, count + more, count)
+            except (NoRoom, Busy) as reason:
+                await self.wait_for(reason)
+                return
+        if window is not None:
+            self.prefetch(file, window)
+        if mine is not None and not self._try_now(mine):
+            await self._run(mine, True)
+        for fill in others:
+            await fill.done.wait()
+
+    def _more(self, file: CachedFile, page: int, count: int, end_page: int, window: Window | None) -> int:
+        """Pages behind a wanted run that the same backing call can bring for the window, without making it much longer."""
+        if window is None or page + count != end_page or count >= FILL_PAGES_MIN:
+            return 0
+        stop = min(window.start + window.size, page + FILL_PAGES_MIN, (page | GROUP_PAGES - 1) + 1, file.end_page)
+        runs = self.cache.absent_runs(file, end_page, stop) if stop > end_page else []
+        return runs[0][1] if runs and runs[0][0] == end_page else 0
+
+    def _run_soon(self, fill: Fill) -> None:
+        if not self._try_now(fill):
+            self.nursery.start_soon(self._run, fill, False)
+
+    def _try_now(self, fill: Fill) -> bool:
+        """Finishes the fill at once if the backing has the bytes at hand; a thread would cost more than the read."""
+        try:
+            nbytes = fill.group.file.source.read_now([fill.view], fill.offset)
+        except OSError:  # BlockingIOError as well: whatever it is, the slow way finds out
+            return False
+        if nbytes < len(fill.view) and fill.offset + nbytes < fill.group.file.size:
+            return False  # short, but not at the end
+        self.cache.finish_fill(fill, nbytes)
+        return True
+
+    async def _run(self, fill: Fill, demand: bool) -> None:
+        """One backing call. Errors of readahead are dropped: the page stays absent and whoever needs it finds out."""
+        nbytes = -1
+        try:
+            with trio.CancelScope(shield=True):  # a thread writes into the pages: they stay FILLING until it is done
+                nbytes = await fill.group.file.source.read([fill.view], fill.offset)
+        except OSError:
+            if demand:
+                raise
+        finally:
+            self.cache.finish_fill(fill, nbytes)
+
+    async def _read_in_pieces(self, file: CachedFile, offset: int, end: int) -> bytes:
+        """For requests that are large for the cache: page by page into a buffer of our own."""
+        parts: list[bytes] = []
+        while offset < (end := min(end, file.size)):
+            stop = min(end, (offset & -PAGE_SIZE) + PAGE_SIZE)
+            view = self.cache.peek(file, offset, stop)
+            if view is None:
+                await self._fill_once(file, offset, stop, None)
+                continue
+            parts.append(bytes(view))
+            offset = stop
+        return b"".join(parts)
+
+    # --- readahead -----------------------------------------------------------------------------------------------
+
+    def prefetch(self, file: CachedFile, window: Window) -> None:
+        """Starts fills for what is absent of the window, with nobody waiting. Best effort: stops where there is no room."""
+        most = max(FILL_PAGES_MIN, min(GROUP_PAGES, window.size // FILLS_PER_WINDOW))
+        end = min(window.start + window.size, file.end_page)
+        for page, count in self.cache.absent_runs(file, window.start, end):
+            for at in range(page, page + count, most):
+                try:
+                    fill = self.cache.start_fill(file, at, min(most, page + count - at), 0)
+                except (NoRoom, Busy):
+                    return
+                self._run_soon(fill)
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    async def write(self, file: CachedFile, offset: int, data: bytes | memoryview) -> None:
+        """Copies `data` into dirty pages; what must be read first is read. Long ones go in pieces."""
+        most = max(1, min(self.cache.capacity_pages // 8, self.cache.dirty_limit_pages // 4)) * PAGE_SIZE
+        view = memoryview(data)
+        while len(view) > most:
+            step = most - offset % PAGE_SIZE
+            await self._write_piece(file, offset, view[:step])
+            view, offset = view[step:], offset + step
+        await self._write_piece(file, offset, view)
+
+    async def _write_piece(self, file: CachedFile, offset: int, data: memoryview) -> None:
+        cache, end = self.cache, offset + len(data)
+        start_page, end_page = offset >> PAGE_SHIFT, (end + PAGE_SIZE - 1) >> PAGE_SHIFT
+        while True:
+            for fill in cache.fills_of(file, start_page, end_page):
+                await fill.done.wait()
+            partial = cache.pages_to_fill(file, offset, len(data))
+            if partial:
+                await self._fill_once(file, partial[0] * PAGE_SIZE, min((partial[0] + 1) * PAGE_SIZE, file.size), None)
+                continue
+            if cache.fills_of(file, start_page, end_page):
+                continue
+            try:
+                cache.write(file, offset, data)
+                return
+            except (NoRoom, Busy) as reason:
+                await self.wait_for(reason)
+
+    async def wait_for(self, reason: NoRoom | Busy) -> None:
+        """Until what stood in the way has changed. May wake for nothing: look again."""
+        if isinstance(reason, NoRoom):
+            self.need_room()
+        await self.cache.room.park()  # every end of a fill or a writeback wakes it
+

@@ -1,0 +1,549 @@
+"""The page cache: which pages are in memory, in what state, and who has to leave.
+
+Everything here is synchronous and belongs to the trio thread; nothing waits. Where a caller has to wait for something
+(a fill under way, room), a function says what for, and `cachefs.cache.fill` does the waiting. Between two awaits a task
+is alone, so every method sees and leaves a state in which `check_invariants()` holds.
+
+A read of any size up to 1 MiB that finds its pages costs two dict look-ups and a few int operations: see `lookup`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import trio
+
+from cachefs.cache.arena import Arena
+from cachefs.cache.file import CachedFile, Source
+from cachefs.cache.page import (
+    FIRST,
+    GROUP_PAGES,
+    GROUP_SHIFT,
+    GROUP_SIZE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    SMALL_PAGES,
+    Group,
+    key_of,
+    runs,
+    span,
+)  # fmt: skip
+from cachefs.cache.policy import Policy
+from cachefs.statistics import CacheStatistics
+
+_IN_GROUP = GROUP_PAGES - 1
+_BYTE_IN_GROUP = GROUP_SIZE - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Pages of one group that a thread is reading: [first, first + count) in the group, `view` their memory."""
+
+    group: Group
+    first: int
+    count: int
+    view: memoryview
+    done: trio.Event
+
+    @property
+    def mask(self) -> int:
+        return FIRST[self.count] << self.first
+
+    @property
+    def offset(self) -> int:
+        """Where the first page starts in the file, in bytes."""
+        return (self.group.index << GROUP_SHIFT | self.first) << PAGE_SHIFT
+
+
+class Busy(Exception):
+    """Pages cannot be had now: a slot has to move first, but threads are at work in it. Wait for `group` to be quiet."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+
+class NoRoom(Exception):
+    """Every page is dirty, in writeback or filling, or as many are unwritten as may be; wait for `PageCache.room`."""
+
+
+class PageCache:
+    """At most `capacity_pages` pages of any number of files; `clock` gives seconds that only grow."""
+
+    def __init__(self, policy: Policy, capacity_pages: int, clock: Callable[[], float]) -> None:
+        self.capacity_pages = capacity_pages
+        self.policy = policy
+        self.arena = Arena(capacity_pages)
+        self.clock = clock
+        self.room = trio.lowlevel.ParkingLot()  # tasks that wait for pages to become evictable
+        self.dirty_limit_pages = capacity_pages  # most pages that may be dirty or in writeback; writeback's to set
+        self.resident_pages = 0
+        self.dirty_pages = 0
+        self.writeback_pages = 0
+        self.filling_pages = 0
+        self._groups: dict[int, Group] = {}  # {key: Group} of every group with resident pages
+        self._files = 0  # ids given out
+        self._view = self.arena.view
+        self.page_hits = self.page_misses = self.hit_bytes = self.miss_bytes = self.write_bytes = 0
+        self.reads_hit = self.reads_partial = self.reads_miss = 0
+        self.readahead_used = self.readahead_unused = self.readahead_late = 0
+        self.refaults = 0
+        self.evictions: Counter[str] = Counter(capacity=0, dropped=0, invalidated=0, truncated=0)
+        self.misses: Counter[str] = Counter(cold=0, capacity=0, invalidated=0)
+
+    def add_file(self, source: Source, size: int) -> CachedFile:
+        self._files += 1
+        return CachedFile(self._files, source, size)
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def lookup(self, file: CachedFile, offset: int, size: int, last_page: int = -1) -> memoryview | bytes | None:
+        """The bytes [offset, offset + size), cut at the end of the file, if all their pages are up to date, and counts a hit.
+
+        None means nothing was counted: `count_request` and a fill come next. The view is good until the next await.
+        `last_page` is where the reader's previous request ended: reading on in the same page is no second access.
+        """
+        end = offset + size
+        if end > file.size:
+            end = file.size
+            if offset >= end:
+                return b""
+        page = offset >> PAGE_SHIFT
+        count = ((end - 1) >> PAGE_SHIFT) - page + 1
+        group = file.groups.get(page >> GROUP_SHIFT)
+        first = page & _IN_GROUP
+        if group is None or first + count > GROUP_PAGES:
+            return self._lookup_across(file, offset, end)
+        mask = FIRST[count] << first
+        if group.uptodate & mask != mask:
+            return None
+        fresh = group.prefetched & mask
+        if fresh:
+            self._first_use(group, fresh)
+            mask &= ~fresh
+        if page == last_page:
+            mask &= mask - 1
+        if mask:
+            self.policy.touch(group.key, mask)
+        self.page_hits += count
+        self.hit_bytes += end - offset
+        self.reads_hit += 1
+        start = group.base + (offset & _BYTE_IN_GROUP)
+        return self._view[start : start + end - offset]
+
+    def _lookup_across(self, file: CachedFile, offset: int, end: int) -> memoryview | bytes | None:
+        view = self.peek(file, offset, end)
+        if view is not None:
+            self.count_request(file, offset, end)
+        return view
+
+    def peek(self, file: CachedFile, offset: int, end: int) -> memoryview | bytes | None:
+        """The bytes [offset, end) if all their pages are up to date; counts nothing. `end` is at most the file's size."""
+        parts: list[tuple[int, int]] = []  # [start, end) in the arena
+        for index, first, last in _pieces(offset, end):
+            group = file.groups.get(index)
+            mask = span(first, last)
+            if group is None or group.uptodate & mask != mask:
+                return None
+            start = group.base + max(offset - index * GROUP_SIZE, 0)
+            stop = group.base + min(end - index * GROUP_SIZE, GROUP_SIZE)
+            if parts and parts[-1][1] == start:
+                parts[-1] = (parts[-1][0], stop)
+            else:
+                parts.append((start, stop))
+        if len(parts) == 1:
+            return self._view[parts[0][0] : parts[0][1]]
+        return b"".join(self._view[start:stop] for start, stop in parts)
+
+    def count_request(self, file: CachedFile, offset: int, end: int) -> None:
+        """Counts a read of [offset, end) by what is up to date now, and tells the policy of the pages that are."""
+        hits = misses = 0
+        for index, first, last in _pieces(offset, end):
+            mask = span(first, last)
+            group = file.groups.get(index)
+            up = 0
+            if group is not None:
+                up = group.uptodate & mask
+                fresh = group.prefetched & mask
+                if fresh:
+                    self._first_use(group, fresh)
+                if up & ~fresh:
+                    self.policy.touch(group.key, up & ~fresh)
+            hits += up.bit_count()
+            misses += self._count_misses(file, index, mask & ~up)
+        self.page_hits += hits
+        self.page_misses += misses
+        if not misses:
+            self.reads_hit += 1
+        elif hits:
+            self.reads_partial += 1
+        else:
+            self.reads_miss += 1
+        missed_bytes = (end - offset) * misses // (hits + misses)
+        self.miss_bytes += missed_bytes
+        self.hit_bytes += end - offset - missed_bytes
+
+    def _count_misses(self, file: CachedFile, index: int, mask: int) -> int:
+        count = mask.bit_count()
+        if count:
+            invalidated = (mask & file.invalidated.get(index, 0)).bit_count()
+            capacity = (mask & file.evicted.get(index, 0)).bit_count()
+            self.misses["invalidated"] += invalidated
+            self.misses["capacity"] += capacity
+            self.refaults += capacity
+            self.misses["cold"] += count - invalidated - capacity
+        return count
+
+    def _first_use(self, group: Group, fresh: int) -> None:
+        """Readahead's pages are asked for the first time. That is their admission, not a second access: no touch."""
+        group.prefetched &= ~fresh
+        late = (fresh & group.filling).bit_count()
+        self.readahead_late += late
+        self.readahead_used += fresh.bit_count() - late
+
+    # --- filling -------------------------------------------------------------------------------------------------
+
+    def absent_runs(self, file: CachedFile, start_page: int, end_page: int) -> list[tuple[int, int]]:
+        """The runs (first page, count) of [start_page, end_page) that are neither up to date nor filling, none across groups."""
+        found: list[tuple[int, int]] = []
+        for index, first, last in _pieces(start_page << PAGE_SHIFT, end_page << PAGE_SHIFT):
+            group = file.groups.get(index)
+            mask = span(first, last)
+            if group is not None:
+                mask &= ~group.resident
+            found += ((index << GROUP_SHIFT | at, count) for at, count in runs(mask))
+        return found
+
+    def fills_of(self, file: CachedFile, start_page: int, end_page: int) -> list[Fill]:
+        """The fills under way that cover any page of [start_page, end_page)."""
+        found: list[Fill] = []
+        for index, first, last in _pieces(start_page << PAGE_SHIFT, end_page << PAGE_SHIFT):
+            group = file.groups.get(index)
+            if group is not None and group.filling:
+                mask = span(first, last)
+                found += [fill for fill in group.fills if fill.mask & mask]
+        return found
+
+    def start_fill(self, file: CachedFile, page: int, count: int, wanted: int) -> Fill:
+        """Makes `count` ABSENT pages of one group FILLING, all but the first `wanted` of them for readahead.
+
+        Raises NoRoom or Busy, having changed nothing but evicted some pages.
+        """
+        self._make_room(count)
+        first = page & _IN_GROUP
+        group = self._group(file, page >> GROUP_SHIFT, first + count)
+        mask = FIRST[count] << first
+        self.arena.touch(group, mask)
+        group.start_fill(mask, mask & ~(FIRST[wanted] << first))
+        self._count_resident(file, count)
+        self.filling_pages += count
+        start = group.base + first * PAGE_SIZE
+        fill = Fill(group, first, count, self._view[start : start + count * PAGE_SIZE], trio.Event())
+        group.fills.append(fill)
+        return fill
+
+    def finish_fill(self, fill: Fill, nbytes: int) -> None:
+        """The thread is done: `nbytes` were read, the rest of the pages is past the end of the backing. -1: it failed."""
+        group, mask = fill.group, fill.mask
+        if nbytes >= 0:
+            start = group.base + fill.first * PAGE_SIZE
+            self.arena.zero(start + nbytes, start + fill.count * PAGE_SIZE)
+        group.fills.remove(fill)
+        clean = group.finish_fill(mask, nbytes >= 0)
+        self.filling_pages -= fill.count
+        if clean:
+            self.policy.admit(group.key, clean)
+            self._remember_no_more(group, clean)
+        if clean != mask:
+            self._count_resident(group.file, clean.bit_count() - fill.count)
+            self._shrink(group)
+        fill.done.set()
+        self.room.unpark_all()
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    def pages_to_fill(self, file: CachedFile, offset: int, size: int) -> list[int]:
+        """Pages that a write of [offset, offset + size) covers only partly, that hold data, and that are not here yet."""
+        end = offset + size
+        wanted = {page for page, at in ((offset >> PAGE_SHIFT, offset), (end >> PAGE_SHIFT, end)) if at & (PAGE_SIZE - 1)}
+        found = []
+        for page in sorted(wanted):
+            start = page << PAGE_SHIFT
+            covered = offset <= start and end >= min(start + PAGE_SIZE, file.size)
+            group = file.groups.get(page >> GROUP_SHIFT)
+            here = group is not None and group.uptodate >> (page & _IN_GROUP) & 1
+            if not here and not covered and start < file.size:
+                found.append(page)
+        return found
+
+    def write(self, file: CachedFile, offset: int, data: bytes | memoryview) -> None:
+        """Copies `data` into pages and makes them DIRTY; grows the file. Raises NoRoom or Busy, having written nothing.
+
+        To be called when `pages_to_fill` is empty and no page of the range is FILLING, with no await in between.
+        """
+        end = offset + len(data)
+        pieces = list(_pieces(offset, end))
+        if self._unwritten_after(file, pieces) > self.dirty_limit_pages:
+            raise NoRoom
+        self._make_room(sum(self._missing(file, index, span(first, last)) for index, first, last in pieces))
+        groups = [self._group(file, index, last + 1) for index, _, last in pieces]
+        for group, (index, first, last) in zip(groups, pieces, strict=True):
+            start = max(offset, index * GROUP_SIZE)
+            stop = min(end, (index + 1) * GROUP_SIZE)
+            self._write_group(group, span(first, last), start, data[start - offset : stop - offset])
+        file.size = max(file.size, end)
+        self.write_bytes += len(data)
+
+    def _unwritten_after(self, file: CachedFile, pieces: list[tuple[int, int, int]]) -> int:
+        count = self.dirty_pages + self.writeback_pages
+        for index, first, last in pieces:
+            group = file.groups.get(index)
+            count += (span(first, last) & ~(group.dirty if group is not None else 0)).bit_count()
+        return count
+
+    def _missing(self, file: CachedFile, index: int, mask: int) -> int:
+        group = file.groups.get(index)
+        return (mask if group is None else mask & ~group.uptodate).bit_count()
+
+    def _write_group(self, group: Group, mask: int, offset: int, data: bytes | memoryview) -> None:
+        file, old = group.file, group.uptodate & mask
+        new = mask & ~old
+        self.arena.touch(group, mask)
+        start = group.base + (offset & _BYTE_IN_GROUP)
+        stop = start + len(data)
+        if new:  # bytes of new pages that `data` does not cover are past the end of the file, or a hole
+            if new & mask & -mask:
+                self.arena.zero(start & -PAGE_SIZE, start)
+            if new >> (mask.bit_length() - 1):
+                self.arena.zero(stop, -(-stop // PAGE_SIZE) * PAGE_SIZE)
+            self._count_resident(file, new.bit_count())
+            self.policy.admit(group.key, new)
+            self._remember_no_more(group, new)
+        if old:
+            fresh = group.prefetched & old
+            if fresh:
+                self._first_use(group, fresh)
+            self.policy.touch(group.key, old)
+        self._view[start:stop] = data
+        added = (mask & ~group.dirty).bit_count()
+        group.make_dirty(mask, self.clock())
+        self._count_dirty(group, added)
+
+    def start_writeback(self, group: Group, mask: int) -> None:
+        """DIRTY pages `mask` go to the writeback thread."""
+        group.start_writeback(mask)
+        count = mask.bit_count()
+        group.file.writeback_pages += count
+        self.writeback_pages += count
+        self._count_dirty(group, -count)
+
+    def finish_writeback(self, group: Group, mask: int, failed_since: float | None) -> None:
+        """The thread has written `mask`; or could not, and they have been dirty since `failed_since`."""
+        count = mask.bit_count()
+        group.file.writeback_pages -= count
+        self.writeback_pages -= count
+        if failed_since is None:
+            group.finish_writeback(mask)
+        else:
+            added = (mask & ~group.dirty).bit_count()
+            group.fail_writeback(mask, failed_since)
+            self._count_dirty(group, added)
+        self.room.unpark_all()
+
+    # --- leaving -------------------------------------------------------------------------------------------------
+
+    def truncate(self, file: CachedFile, size: int) -> None:
+        """Cuts or grows the file to `size` bytes. Pages past it leave, whatever they held; none of them is in writeback."""
+        if size < file.size:
+            keep, tail = divmod(size, PAGE_SIZE)
+            if tail:
+                self._zero_tail(file, keep, tail)
+            self._drop_pages(file, keep + bool(tail), True, "truncated")
+        file.size = size
+
+    def _zero_tail(self, file: CachedFile, page: int, tail: int) -> None:
+        group = file.groups.get(page >> GROUP_SHIFT)
+        if group is not None:
+            bit = 1 << (page & _IN_GROUP)
+            group.poisoned |= group.filling & bit
+            if group.uptodate & bit:
+                start = group.base + (page & _IN_GROUP) * PAGE_SIZE
+                self.arena.zero(start + tail, start + PAGE_SIZE)
+
+    def invalidate(self, file: CachedFile) -> int:
+        """The backing changed underneath: every clean page leaves. Returns how many pages did."""
+        return self._drop_pages(file, 0, False, "invalidated")
+
+    def drop(self, file: CachedFile) -> int:
+        """Every clean page leaves, on request."""
+        return self._drop_pages(file, 0, False, "dropped")
+
+    def discard(self, file: CachedFile) -> None:
+        """The file is gone: every page leaves, dirty ones too, but for those a thread is working on."""
+        self._drop_pages(file, 0, True, "truncated")
+
+    def _drop_pages(self, file: CachedFile, from_page: int, dirty_too: bool, reason: str) -> int:
+        dropped = 0
+        for index in [i for i in file.groups if i >= from_page >> GROUP_SHIFT]:
+            group = file.groups[index]
+            mask = ~FIRST[min(max(from_page - (index << GROUP_SHIFT), 0), GROUP_PAGES)]
+            group.poisoned |= group.filling & mask
+            going = group.uptodate & ~group.writeback & mask
+            if not dirty_too:
+                going &= ~group.dirty
+            if going:
+                self.policy.remove(group.key, going)
+                dropped += self._leave(group, going, reason)
+        if reason == "truncated":
+            for memory in (file.evicted, file.invalidated):
+                for index in [i for i in memory if i >= from_page >> GROUP_SHIFT]:
+                    del memory[index]
+        return dropped
+
+    def _make_room(self, count: int) -> None:
+        """Evicts until `count` more pages fit, or raises NoRoom."""
+        over = self.resident_pages + count - self.capacity_pages
+        if over > 0:
+            for key, mask in self.policy.victims(over, self._evictable):
+                over -= self._leave(self._groups[key], mask, "capacity")
+            if over > 0:
+                raise NoRoom
+
+    def _evictable(self, key: int) -> int:
+        return self._groups[key].evictable
+
+    def _leave(self, group: Group, mask: int, reason: str) -> int:
+        """CLEAN (or, discarded, DIRTY) pages become ABSENT; the policy has forgotten them already."""
+        file, count = group.file, mask.bit_count()
+        self.readahead_unused += (group.prefetched & mask).bit_count()
+        discarded = (group.dirty & mask).bit_count()
+        group.forget(mask)
+        if discarded:
+            self._count_dirty(group, -discarded)
+        self._count_resident(file, -count)
+        self.evictions[reason] += count
+        if reason in ("capacity", "invalidated"):
+            memory = file.evicted if reason == "capacity" else file.invalidated
+            memory[group.index] = memory.get(group.index, 0) | mask
+        self._shrink(group)
+        return count
+
+    def _remember_no_more(self, group: Group, mask: int) -> None:
+        for memory in (group.file.evicted, group.file.invalidated):
+            if group.index in memory:
+                memory[group.index] &= ~mask
+
+    # --- groups and counts -----------------------------------------------------------------------------------------
+
+    def _group(self, file: CachedFile, index: int, pages: int) -> Group:
+        """The group with room for its first `pages` pages."""
+        group = file.groups.get(index)
+        if group is None:
+            before = file.groups.get(index - 1)
+            near = before.base + GROUP_SIZE if before is not None else -1
+            need = max(pages, min(file.end_page - (index << GROUP_SHIFT), GROUP_PAGES)) if index == 0 else GROUP_PAGES
+            group = Group(file, index, *self.arena.allocate(need, near))
+            file.groups[index] = self._groups[group.key] = group
+        elif pages > group.capacity:
+            self._move(group)
+        return group
+
+    def _move(self, group: Group) -> None:
+        """Gives a group that outgrew its small slot a large one; at most 64 KiB are copied, once in a group's life."""
+        if group.filling or group.writeback:
+            raise Busy(group)
+        size = SMALL_PAGES * PAGE_SIZE
+        moved = Group(group.file, group.index, *self.arena.allocate(GROUP_PAGES, -1))
+        self.arena.touch(moved, group.uptodate)
+        self._view[moved.base : moved.base + size] = self._view[group.base : group.base + size]
+        self.arena.release(group)
+        group.base, group.capacity, group.touched = moved.base, moved.capacity, moved.touched
+
+    def _shrink(self, group: Group) -> None:
+        """Pages of `group` left; so does the group with its last one."""
+        if group.resident:
+            self.arena.leave_holes(group)
+        else:
+            self.arena.release(group)
+            del group.file.groups[group.index], self._groups[group.key]
+
+    def _count_resident(self, file: CachedFile, count: int) -> None:
+        file.resident_pages += count
+        self.resident_pages += count
+
+    def _count_dirty(self, group: Group, count: int) -> None:
+        file = group.file
+        file.dirty_pages += count
+        self.dirty_pages += count
+        if group.dirty:
+            file.dirty_groups[group.index] = None
+        else:
+            file.dirty_groups.pop(group.index, None)
+
+    # --- looking at it -----------------------------------------------------------------------------------------------
+
+    def statistics(self) -> CacheStatistics:
+        redirtied = 0
+        if self.dirty_pages and self.writeback_pages:
+            redirtied = sum((g.dirty & g.writeback).bit_count() for g in self._groups.values() if g.writeback)
+        unclean = self.dirty_pages + self.writeback_pages - redirtied
+        return CacheStatistics(
+            capacity_bytes=self.capacity_pages * PAGE_SIZE,
+            resident_bytes=self.resident_pages * PAGE_SIZE,
+            clean_pages=self.resident_pages - self.filling_pages - unclean,
+            dirty_pages=self.dirty_pages,
+            writeback_pages=self.writeback_pages - redirtied,
+            filling_pages=self.filling_pages,
+            page_hits=self.page_hits,
+            page_misses=self.page_misses,
+            hit_bytes=self.hit_bytes,
+            miss_bytes=self.miss_bytes,
+            write_bytes=self.write_bytes,
+            reads_hit=self.reads_hit,
+            reads_partial=self.reads_partial,
+            reads_miss=self.reads_miss,
+            evictions=dict(self.evictions),
+            misses=dict(self.misses),
+            refaults=self.refaults,
+            readahead_used_pages=self.readahead_used,
+            readahead_unused_pages=self.readahead_unused,
+            readahead_late_pages=self.readahead_late,
+        )
+
+    def check_invariants(self) -> None:
+        """Asserts everything this module promises; slow, for tests and `--check`."""
+        groups = list(self._groups.values())
+        files = {group.file for group in groups}
+        for file in files:
+            file.check()
+        assert self.resident_pages == sum(file.resident_pages for file in files) <= self.capacity_pages
+        assert self.dirty_pages == sum(file.dirty_pages for file in files)
+        assert self.writeback_pages == sum(file.writeback_pages for file in files)
+        assert self.filling_pages == sum(group.filling.bit_count() for group in groups)
+        assert all(key == key_of(g.file.id, g.index) and g.file.groups[g.index] is g for key, g in self._groups.items())
+        assert self.policy.pages() == {g.key: g.uptodate for g in groups if g.uptodate}, "policy knows other pages"
+        assert self.page_misses == sum(self.misses.values())
+        for group in groups:
+            filled = 0
+            for fill in group.fills:
+                assert not filled & fill.mask, "two fills of one page"
+                filled |= fill.mask
+            assert filled == group.filling
+            self._check_tail(group)
+        self.policy.check()
+        self.arena.check(groups)
+
+    def _check_tail(self, group: Group) -> None:
+        page, tail = divmod(group.file.size, PAGE_SIZE)
+        if tail and page >> GROUP_SHIFT == group.index and group.uptodate >> (page & _IN_GROUP) & 1:
+            start = group.base + (page & _IN_GROUP) * PAGE_SIZE
+            assert not any(self._view[start + tail : start + PAGE_SIZE]), "bytes past the end of the file are not zero"
+
+
+def _pieces(offset: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The pages of bytes [offset, end) by group: (group index, first page in it, last page in it)."""
+    page, last = offset >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT
+    while page <= last:
+        index = page >> GROUP_SHIFT
+        stop = min(last, (index << GROUP_SHIFT) + _IN_GROUP)
+        yield index, page & _IN_GROUP, stop & _IN_GROUP
+        page = stop + 1

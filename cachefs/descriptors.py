@@ -1,0 +1,116 @@
+"""How an inode is reached: an O_PATH descriptor, opened when first needed and closed when there are too many.
+
+A descriptor that was closed is found again by the file handle that the backing gave (root, file systems that have them),
+or else through a known name relative to the parent's descriptor; in either case its identity is checked.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+from cachefs.backingio import BackingIO
+from cachefs.inode import Inode, InodeTable
+
+T = TypeVar("T")
+BUDGET_MAX = 4096  # O_PATH descriptors kept open; as many again may serve data, and 10,000 is what we promise
+
+
+class Descriptors:
+    """Owns every O_PATH descriptor. `at` runs a call on one and keeps it open meanwhile."""
+
+    def __init__(self, io: BackingIO, table: InodeTable, root_fd: int, budget: int) -> None:
+        self.io = io
+        self.table = table
+        self.budget = budget
+        self._open: dict[Inode, None] = {}  # inodes with a descriptor, but the root; oldest first
+        table.root.fd = root_fd
+
+    def __len__(self) -> int:
+        return len(self._open) + 1
+
+    async def at(self, op: str, inode: Inode, method: Callable[..., T], *args: object) -> T:
+        """`method(descriptor of inode, *args)`."""
+        fd = inode.fd if inode.fd >= 0 else await self._reach(inode)
+        inode.fd_busy += 1
+        try:
+            return await self.io.call(op, method, fd, *args)
+        finally:
+            inode.fd_busy -= 1
+
+    async def at_two(self, op: str, inode: Inode, other: Inode, function: Callable[[int, int], T]) -> T:
+        """`function(descriptor of inode, descriptor of other)`."""
+        inode.fd_busy += 1
+        other.fd_busy += 1
+        try:
+            fd = inode.fd if inode.fd >= 0 else await self._reach(inode)
+            other_fd = other.fd if other.fd >= 0 else await self._reach(other)
+            return await self.io.call(op, function, fd, other_fd)
+        finally:
+            inode.fd_busy -= 1
+            other.fd_busy -= 1
+
+    async def hold(self, inode: Inode) -> None:
+        """Makes sure that the inode has a descriptor, so that it stays reachable without a name."""
+        if inode.fd < 0:
+            await self._reach(inode)
+
+    def close(self, inode: Inode) -> None:
+        """Closes the descriptor, if any, of an inode that is not used any more."""
+        if inode.fd >= 0 and inode is not self.table.root:
+            self._open.pop(inode, None)
+            self.io.backing.close(inode.fd)
+            inode.fd = -1
+
+    async def _reach(self, inode: Inode) -> int:
+        fd = await self._open_by_handle(inode)
+        if fd < 0:
+            fd = await self._open_by_name(inode)
+        if inode.fd >= 0:  # somebody else was faster while we waited
+            self.io.backing.close(fd)
+            return inode.fd
+        inode.fd = fd
+        self._open[inode] = None
+        if len(self._open) > self.budget:
+            self._close_some()
+        return fd
+
+    async def _open_by_handle(self, inode: Inode) -> int:
+        if inode.handle is None:
+            return -1
+        try:
+            return await self.io.call("open", self.io.backing.open_handle, inode.handle, os.O_PATH)
+        except OSError:
+            inode.handle = None
+            return -1
+
+    async def _open_by_name(self, inode: Inode) -> int:
+        for parent, name in list(inode.names):
+            try:
+                fd = await self.at("open", parent, self.io.backing.open, name, os.O_PATH)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP):
+                    raise
+                continue
+            st = self.io.backing.fstat(fd)
+            if (st.st_dev, st.st_ino) == inode.key:
+                return fd
+            self.io.backing.close(fd)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def _close_some(self) -> None:
+        """Closes the older quarter of what nobody needs at the moment."""
+        spare = self.budget // 4
+        for inode in list(self._open):
+            if spare <= 0:
+                break
+            if inode.fd_busy or inode.opens or inode.unlinked:
+                continue
+            if inode.handle is None:
+                try:
+                    inode.handle = self.io.backing.file_handle(inode.fd)
+                except OSError:
+                    if not inode.names:
+                        continue
+            self.close(inode)
+            spare -= 1

@@ -1,0 +1,292 @@
+"""Open files: read, write, truncate, fsync and close, between programs and the page cache.
+
+A hit goes `read` -> `PageCache.lookup` and back with no await that could give the turn to somebody else.
+"""
+
+import os
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from cachefs.backingio import BackingIO
+from cachefs.cache.file import CachedFile
+from cachefs.cache.fill import Filler
+from cachefs.cache.page import PAGE_SHIFT
+from cachefs.cache.pagecache import PageCache
+from cachefs.cache.readahead import Window
+from cachefs.descriptors import Descriptors
+from cachefs.handle import Handle
+from cachefs.inode import Inode, signature_of
+from cachefs.source import DataDescriptors, FileSource
+from cachefs.writeback import Writeback
+
+CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of file times, so that ours and the backing's do not cross
+EXTEND_AT_ONCE_BYTES = 1 << 40  # a write that ends beyond this finds out now whether the backing can hold such a file
+DIRTY_CLOSED_MAX = 2048  # files closed but not written out yet; each keeps a descriptor
+SET_ID = stat.S_ISUID | stat.S_ISGID
+
+
+def now_ns() -> int:
+    return time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What the kernel needs to know of a new handle."""
+
+    number: int
+    unchanged: bool  # since the kernel may last have cached pages of it
+
+
+class Files:
+    """All open files. `changed(inode)` is called when the backing turned out to have other contents than the cache had."""
+
+    def __init__(
+        self,
+        io: BackingIO,
+        descriptors: Descriptors,
+        cache: PageCache,
+        filler: Filler,
+        writeback: Writeback,
+        readahead_max_bytes: int,
+        metadata_ttl_seconds: float,
+        changed: Callable[[Inode], None],
+    ) -> None:
+        self.io = io
+        self.descriptors = descriptors
+        self.cache = cache
+        self.filler = filler
+        self.writeback = writeback
+        self.data = DataDescriptors(io, descriptors)
+        self.handles: dict[int, Handle] = {}
+        self.changed = changed
+        self.ttl_seconds = metadata_ttl_seconds
+        self._last_handle = 0
+        # No window may push out what the one before it brought.
+        self._readahead_max_pages = min(readahead_max_bytes >> PAGE_SHIFT, cache.capacity_pages // 8)
+        self.window_pages = 0
+        self._measure()
+
+    # --- attributes --------------------------------------------------------------------------------------------------
+
+    def absorb(self, inode: Inode, st: os.stat_result) -> None:
+        """Takes in attributes just read from the backing. If somebody else changed the file, its clean pages leave.
+
+        While anything of ours is unwritten, size and times are ours to tell and a change cannot be told from our own.
+        """
+        inode.st = st
+        inode.checked_at = trio.current_time()
+        file = inode.file
+        if file is None or file.unwritten or inode.lock.locked():
+            return
+        signature = signature_of(st)
+        if signature != inode.signature:
+            inode.signature = signature
+            self.cache.invalidate(file)
+            self.cache.truncate(file, st.st_size)
+            self.changed(inode)
+
+    def adopt(self, inode: Inode, st: os.stat_result) -> None:
+        """Takes in attributes after a change of our own."""
+        inode.epoch += 1
+        inode.st = st
+        inode.checked_at = trio.current_time()
+        inode.signature = signature_of(st)
+
+    async def refresh(self, inode: Inode) -> None:
+        """Reads the attributes, again if we changed the file meanwhile."""
+        while True:
+            epoch = inode.epoch
+            st = await self._stat(inode)
+            if epoch == inode.epoch:
+                return self.absorb(inode, st)
+
+    async def readopt(self, inode: Inode) -> None:
+        """Reads the attributes after a change of our own."""
+        self.adopt(inode, await self._stat(inode))
+
+    async def _stat(self, inode: Inode) -> os.stat_result:
+        fd = max(inode.reader, inode.writer)
+        if fd < 0:
+            return await self.descriptors.at("stat", inode, self.io.backing.fstat)
+        inode.busy += 1
+        try:
+            return await self.io.call("stat", self.io.backing.fstat, fd)
+        finally:
+            inode.busy -= 1
+            self.data.settle(inode)
+
+    # --- open and close ------------------------------------------------------------------------------------------------
+
+    async def open(self, inode: Inode, flags: int, uid: int) -> Opened:
+        """A handle. On a backing far away, a file whose attributes are fresh is opened there when it is first needed."""
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        inode.opens += 1
+        try:
+            if writable:
+                await self.data.writer(inode)
+            elif not self.io.backing.blocking:
+                await self.data.reader(inode)
+            signature, known = inode.signature, inode.file is not None
+            if not self.io.backing.blocking or trio.current_time() - inode.checked_at > self.ttl_seconds:
+                await self.refresh(inode)
+            self._ensure_file(inode)
+            if flags & os.O_TRUNC:
+                await self.truncate(inode, 0, uid)
+        except BaseException:
+            inode.opens -= 1
+            self.data.settle(inode)
+            raise
+        return Opened(self._new_handle(inode, writable, uid), known and signature == inode.signature)
+
+    def open_created(self, inode: Inode, fd: int, uid: int) -> Opened:
+        """A handle on a file just created, with the descriptor it was created with."""
+        inode.opens += 1
+        self.data.created(inode, fd)
+        self._ensure_file(inode)
+        return Opened(self._new_handle(inode, True, uid), True)
+
+    def _ensure_file(self, inode: Inode) -> CachedFile:
+        if inode.file is None:
+            inode.file = self.cache.add_file(FileSource(inode, self.data), inode.st.st_size)
+            inode.signature = signature_of(inode.st)
+        return inode.file
+
+    def _new_handle(self, inode: Inode, writable: bool, uid: int) -> int:
+        self._last_handle += 1
+        self.handles[self._last_handle] = Handle(inode, writable, uid)
+        return self._last_handle
+
+    async def flush(self, number: int) -> None:
+        """close(2): on a backing far away the data goes there now; in any case an error not yet reported is."""
+        handle = self.handles[number]
+        if self.io.backing.blocking and handle.writable and handle.inode.unwritten:
+            await self._write_out(handle.inode)
+        self._report(handle)
+
+    async def release(self, number: int) -> None:
+        handle = self.handles.pop(number)
+        inode = handle.inode
+        inode.opens -= 1
+        if inode.opens:
+            return
+        if inode.unlinked and inode.file is not None:
+            self.cache.discard(inode.file)
+        self.data.settle(inode)
+        if inode.unwritten and len(self.writeback.dirty) > DIRTY_CLOSED_MAX + len(self.handles):
+            await self._write_out(next(iter(self.writeback.dirty)))
+
+    async def _write_out(self, inode: Inode) -> None:
+        """Flushes; what goes wrong is remembered on the inode, for each handle to report."""
+        try:
+            await self.writeback.flush(inode)
+        except OSError:
+            return
+
+    def _report(self, handle: Handle) -> None:
+        """Raises an error of writeback that this handle has not reported yet."""
+        inode = handle.inode
+        if handle.errors_seen != inode.error_count:
+            handle.errors_seen = inode.error_count
+            raise OSError(inode.error_errno, os.strerror(inode.error_errno))
+
+    # --- data ----------------------------------------------------------------------------------------------------------
+
+    async def read(self, number: int, offset: int, size: int) -> memoryview | bytes:
+        """The bytes there are in [offset, offset + size). The view is good until the next await."""
+        handle = self.handles[number]
+        file: CachedFile = handle.inode.file  # type: ignore[assignment]  # a handle's inode has a file
+        first = offset >> PAGE_SHIFT
+        count = ((offset + size - 1) >> PAGE_SHIFT) - first + 1
+        view = self.cache.lookup(file, offset, size, handle.last_page)
+        window = handle.readahead.on_read(first, count, view is None, file.end_page, self.window_pages)
+        handle.last_page = first + count - 1
+        if view is None:
+            view = await self.filler.read(file, offset, size, window)
+            self._measure()
+        elif window is not None:
+            # After the reply: to make room now could take the pages from under `view`.
+            self.filler.nursery.start_soon(self._prefetch, file, window)
+        return view
+
+    async def _prefetch(self, file: CachedFile, window: Window) -> None:
+        self.filler.prefetch(file, window)
+        self._measure()
+
+    def _measure(self) -> None:
+        if self._readahead_max_pages:
+            self.window_pages = self.io.speed.window_pages(self._readahead_max_pages)
+
+    async def write(self, number: int, offset: int, data: bytes | memoryview) -> int:
+        """Copies `data` into the cache; it is dirty, and acknowledged, when this returns."""
+        handle = self.handles[number]
+        inode, file = handle.inode, handle.inode.file
+        if file is None or not data:
+            return 0
+        if handle.uid and inode.st.st_mode & SET_ID:
+            await self.kill_set_id(inode)
+        if offset + len(data) > EXTEND_AT_ONCE_BYTES and offset + len(data) > inode.st.st_size:
+            await self._extend(inode, offset + len(data))
+        if self.writeback.must_throttle(len(data)):
+            await self.writeback.throttle(len(data))
+        now = now_ns()
+        inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
+        try:
+            await self.filler.write(file, offset, data)
+        finally:
+            inode.epoch += 1
+            if file.unwritten:
+                self.writeback.note(inode)
+        return len(data)
+
+    async def _extend(self, inode: Inode, size: int) -> None:
+        async with inode.lock:
+            await self._truncate_backing(inode, size)
+
+    async def truncate(self, inode: Inode, size: int, uid: int) -> None:
+        async with inode.lock:
+            await self.truncate_locked(inode, size)
+        if uid and inode.st.st_mode & SET_ID:
+            await self.kill_set_id(inode)
+
+    async def truncate_locked(self, inode: Inode, size: int) -> None:
+        """Cuts or grows the file, the backing's at once. Under `inode.lock`, so nothing of it is in writeback."""
+        await self._truncate_backing(inode, size)
+        if inode.file is not None:
+            self.cache.truncate(inode.file, size)
+            inode.mtime_ns = inode.st.st_mtime_ns
+            inode.ctime_shown = (inode.ctime_shown[0], inode.st.st_ctime_ns)
+
+    async def _truncate_backing(self, inode: Inode, size: int) -> None:
+        backing = self.io.backing
+        if inode.writer >= 0:
+            await self.io.call("truncate", backing.truncate, inode.writer, size)
+        else:
+            await self.descriptors.at("truncate", inode, backing.truncate, size)
+        await self.readopt(inode)
+
+    async def kill_set_id(self, inode: Inode) -> None:
+        """A write or truncate by somebody who is not root takes set-user-id, and set-group-id of programs, away."""
+        mode = inode.st.st_mode
+        drop = mode & stat.S_ISUID
+        if mode & stat.S_ISGID and mode & stat.S_IXGRP:
+            drop |= stat.S_ISGID
+        if drop:
+            await self.descriptors.at("chmod", inode, self.io.backing.chmod, stat.S_IMODE(mode & ~drop))
+            await self.readopt(inode)
+
+    async def fsync(self, number: int, datasync: bool) -> None:
+        """Everything written to the file so far is on the backing, and durable there, when this returns without error."""
+        handle = self.handles[number]
+        inode = handle.inode
+        await self._write_out(inode)
+        self._report(handle)
+        inode.busy += 1
+        try:
+            fd = inode.writer if inode.writer >= 0 else await self.data.reader(inode)
+            await self.io.in_thread("fsync", self.io.backing.fsync, fd, datasync)
+        finally:
+            inode.busy -= 1

@@ -1,0 +1,362 @@
+"""The file system without FUSE: names, attributes and directories, straight to the backing and back.
+
+Every method may raise OSError and nothing else. Callers are named by uid, gid and umask; whether they may do what they
+ask has been decided before (the kernel does, by mode bits and ACLs).
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from backing.base import RENAME_EXCHANGE
+from cachefs.backingio import BackingIO
+from cachefs.descriptors import Descriptors
+from cachefs.files import Files, Opened
+from cachefs.handle import DirectoryHandle
+from cachefs.inode import Inode, InodeTable
+from cachefs.writeback import Writeback
+
+STATS_AT_ONCE = 32  # entries of a far away directory that are looked at side by side
+ACL_DEFAULT = b"system.posix_acl_default"
+SET_ID = stat.S_ISUID | stat.S_ISGID
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """On whose behalf a file is made."""
+
+    uid: int
+    gid: int
+    umask: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What setattr is to change; None = leave it."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+class FileSystem:
+    """Names and attributes. `files` has the data side."""
+
+    def __init__(
+        self, io: BackingIO, table: InodeTable, descriptors: Descriptors, files: Files, writeback: Writeback
+    ) -> None:
+        self.io = io
+        self.backing = io.backing
+        self.table = table
+        self.descriptors = descriptors
+        self.files = files
+        self.writeback = writeback
+        self.directories: dict[int, DirectoryHandle] = {}
+        self._last_directory = 0
+        self._user = (os.geteuid(), os.getegid())
+
+    # --- finding -------------------------------------------------------------------------------------------------------
+
+    async def lookup(self, parent: Inode, name: bytes) -> Inode:
+        """The inode called `name`, with one more lookup counted."""
+        st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
+        inode = self._found(parent, name, st)
+        inode.lookups += 1
+        return inode
+
+    def _found(self, parent: Inode, name: bytes, st: os.stat_result) -> Inode:
+        inode = self.table.add(st)
+        self.table.name(inode, parent, name)
+        self.files.absorb(inode, st)
+        return inode
+
+    async def _peek(self, parent: Inode, name: bytes) -> tuple[os.stat_result | None, Inode | None]:
+        """What is there under a name now, and the inode if it is a known one."""
+        try:
+            st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
+        except FileNotFoundError:
+            return None, None
+        return st, self.table.known(st)
+
+    def forget(self, node: int, lookups: int) -> None:
+        """The kernel drops references."""
+        try:
+            inode = self.table.get(node)
+        except KeyError:
+            return
+        inode.lookups -= lookups
+        self.drop(inode)
+
+    def drop(self, inode: Inode) -> None:
+        """Lets go of an inode that nobody needs."""
+        if inode.in_use:
+            return
+        self.files.data.settle(inode)
+        for gone in self.table.drop(inode):
+            self.descriptors.close(gone)
+        if not inode.lookups and not inode.names:
+            self.descriptors.close(inode)
+
+    # --- attributes ----------------------------------------------------------------------------------------------------
+
+    async def getattr(self, inode: Inode) -> None:
+        """Brings `inode.attributes()` up to date."""
+        await self.files.refresh(inode)
+
+    async def setattr(self, inode: Inode, changes: Changes, uid: int) -> None:
+        async with inode.lock:
+            if changes.size is not None:
+                await self.files.truncate_locked(inode, changes.size)
+            if changes.uid is not None or changes.gid is not None:
+                owner, group = (-1 if number is None else number for number in (changes.uid, changes.gid))
+                await self._change(inode, "chown", self.backing.chown, owner, group)
+            if changes.mode is not None:
+                await self._chmod(inode, changes.mode)
+            if changes.atime_ns is not None or changes.mtime_ns is not None:
+                await self._change(inode, "utime", self.backing.utime, changes.atime_ns, changes.mtime_ns)
+                if changes.mtime_ns is not None:
+                    inode.mtime_ns = changes.mtime_ns
+        if changes.size is not None and uid and inode.st.st_mode & SET_ID:
+            await self.files.kill_set_id(inode)
+
+    async def _chmod(self, inode: Inode, mode: int) -> None:
+        if mode & SET_ID and inode.unwritten:
+            # What is written to the backing later may clear these bits there: write it first.
+            await self.writeback.flush_locked(inode)
+        await self._change(inode, "chmod", self.backing.chmod, stat.S_IMODE(mode))
+
+    async def _change(self, inode: Inode, op: str, method: Callable[..., None], *args: object) -> None:
+        """A change to the inode itself; what it does to the backing's ctime is ours."""
+        await self.descriptors.at(op, inode, method, *args)
+        await self.files.readopt(inode)
+        inode.ctime_shown = (inode.ctime_shown[0], inode.st.st_ctime_ns)
+
+    # --- making --------------------------------------------------------------------------------------------------------
+
+    async def mknod(self, parent: Inode, name: bytes, mode: int, rdev: int, caller: Caller) -> Inode:
+        mode = await self._masked(parent, mode, caller)
+        await self.descriptors.at("mknod", parent, self.backing.mknod, name, mode, rdev)
+        return await self._made(parent, name, mode, caller)
+
+    async def mkdir(self, parent: Inode, name: bytes, mode: int, caller: Caller) -> Inode:
+        mode = await self._masked(parent, mode, caller)
+        await self.descriptors.at("mkdir", parent, self.backing.mkdir, name, stat.S_IMODE(mode))
+        return await self._made(parent, name, None, caller)
+
+    async def symlink(self, parent: Inode, name: bytes, target: bytes, caller: Caller) -> Inode:
+        await self.descriptors.at("symlink", parent, self.backing.symlink, name, target)
+        return await self._made(parent, name, None, caller)
+
+    async def _made(self, parent: Inode, name: bytes, mode: int | None, caller: Caller) -> Inode:
+        """Gives what was just made under `name` to the caller, set-id bits included if `mode` has them; looks it up."""
+        try:
+            if (caller.uid, caller.gid) != self._user:
+                gid = await self._group_for(parent, caller)
+                await self.descriptors.at("chown", parent, self.backing.chown_at, name, caller.uid, gid)
+                if mode is not None and mode & SET_ID:
+                    await self.descriptors.at("chmod", parent, self.backing.chmod_at, name, stat.S_IMODE(mode))
+            return await self.lookup(parent, name)
+        except PermissionError:  # a backing that lets nobody give files away: they stay the daemon's
+            return await self.lookup(parent, name)
+
+    async def _group_for(self, parent: Inode, caller: Caller) -> int:
+        st = await self.descriptors.at("stat", parent, self.backing.fstat)
+        return st.st_gid if st.st_mode & stat.S_ISGID else caller.gid
+
+    async def _masked(self, parent: Inode, mode: int, caller: Caller) -> int:
+        """The mode less the umask, unless the directory has a default ACL, which takes the umask's place."""
+        if mode & caller.umask:
+            try:
+                await self.descriptors.at("getxattr", parent, self.backing.getxattr, ACL_DEFAULT)
+            except OSError:
+                return mode & ~caller.umask
+        return mode
+
+    async def create(self, parent: Inode, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Inode, Opened]:
+        """Makes and opens a regular file, or opens one that appeared meanwhile, if O_EXCL does not forbid it."""
+        mode = await self._masked(parent, mode, caller)
+        how = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        try:
+            fd = await self.descriptors.at("create", parent, self.backing.open, name, how, stat.S_IMODE(mode))
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+            inode = await self.lookup(parent, name)
+            return inode, await self.files.open(inode, flags, caller.uid)
+        try:
+            if (caller.uid, caller.gid) != self._user:
+                gid = await self._group_for(parent, caller)
+                with contextlib.suppress(PermissionError):
+                    await self.io.call("chown", self.backing.chown, fd, caller.uid, gid)
+                if mode & SET_ID:
+                    await self.io.call("chmod", self.backing.chmod, fd, stat.S_IMODE(mode))
+            st = await self.io.call("stat", self.backing.fstat, fd)
+        except BaseException:
+            self.backing.close(fd)
+            raise
+        inode = self._found(parent, name, st)
+        inode.lookups += 1
+        return inode, self.files.open_created(inode, fd, caller.uid)
+
+    async def link(self, inode: Inode, parent: Inode, name: bytes) -> Inode:
+        def link(fd: int, dirfd: int) -> None:
+            self.backing.link(fd, dirfd, name)
+
+        await self.descriptors.at_two("link", inode, parent, link)
+        self.table.name(inode, parent, name)
+        await self.files.readopt(inode)
+        inode.lookups += 1
+        return inode
+
+    async def readlink(self, inode: Inode) -> bytes:
+        return await self.descriptors.at("readlink", inode, self.backing.readlink)
+
+    # --- removing and renaming -----------------------------------------------------------------------------------------
+
+    async def unlink(self, parent: Inode, name: bytes) -> None:
+        _, inode = await self._about_to_go(parent, name)
+        await self.descriptors.at("unlink", parent, self.backing.unlink, name)
+        if inode is not None:
+            self.table.unname(inode, parent, name)
+            await self._lost_a_name(inode)
+
+    async def rmdir(self, parent: Inode, name: bytes) -> None:
+        _, inode = await self._about_to_go(parent, name)
+        await self.descriptors.at("rmdir", parent, self.backing.rmdir, name)
+        if inode is not None:
+            self.table.unname(inode, parent, name)
+            await self._lost_a_name(inode)
+
+    async def _about_to_go(self, parent: Inode, name: bytes) -> tuple[os.stat_result | None, Inode | None]:
+        """What is under a name that will be removed; if somebody still knows it, it is held, to be reached without the name."""
+        st, inode = await self._peek(parent, name)
+        if st is not None and inode is not None and (inode.lookups or inode.opens) and (st.st_nlink == 1 or inode.is_dir):
+            with contextlib.suppress(OSError):
+                await self.descriptors.hold(inode)
+        return st, inode
+
+    async def _lost_a_name(self, inode: Inode) -> None:
+        """A name is gone. With the last one the file lives on only in open handles, and unwritten data with nobody to read it."""
+        try:
+            await self.files.readopt(inode)
+            gone = inode.st.st_nlink == 0
+        except OSError:
+            gone = True
+        if gone:
+            inode.unlinked = True
+            self.table.renumbered(inode)
+            if inode.file is not None and not inode.opens:
+                self.files.cache.discard(inode.file)
+            self.drop(inode)
+
+    async def rename(self, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes, flags: int) -> None:
+        st, inode = await self._peek(parent, name)
+        target_st, target = await self._about_to_go(new_parent, new_name)
+
+        def rename(dirfd: int, new_dirfd: int) -> None:
+            self.backing.rename(dirfd, name, new_dirfd, new_name, flags)
+
+        await self.descriptors.at_two("rename", parent, new_parent, rename)
+        if st is not None and target_st is not None and (st.st_dev, st.st_ino) == (target_st.st_dev, target_st.st_ino):
+            return  # two names of one file: nothing happens
+        if target is not None:
+            self.table.unname(target, new_parent, new_name)
+            if flags & RENAME_EXCHANGE:
+                self.table.name(target, parent, name)
+                await self.files.readopt(target)
+            else:
+                await self._lost_a_name(target)
+        if inode is not None:
+            self.table.unname(inode, parent, name)
+            self.table.name(inode, new_parent, new_name)
+            await self.files.readopt(inode)
+
+    # --- directories ---------------------------------------------------------------------------------------------------
+
+    def opendir(self, inode: Inode) -> int:
+        inode.opens += 1
+        self._last_directory += 1
+        self.directories[self._last_directory] = DirectoryHandle(inode)
+        return self._last_directory
+
+    def releasedir(self, number: int) -> None:
+        inode = self.directories.pop(number).inode
+        inode.opens -= 1
+        self.drop(inode)
+
+    async def names(self, number: int, start: int) -> Sequence[bytes]:
+        """The listing of an open directory, without "." and "..": read anew when reading starts at 0, else as it was."""
+        handle = self.directories[number]
+        if handle.names is None or start == 0:
+            handle.names = await self.descriptors.at("readdir", handle.inode, self.backing.listdir)
+        return handle.names
+
+    async def entries(self, number: int, names: Sequence[bytes]) -> list[Inode | None]:
+        """The inodes of some names of an open directory; None for those that are gone. Counts no lookup."""
+        parent = self.directories[number].inode
+        found: list[Inode | None] = [None] * len(names)
+
+        async def look(i: int) -> None:
+            with contextlib.suppress(OSError):
+                st = await self.descriptors.at("lookup", parent, self.backing.stat, names[i])
+                found[i] = self._found(parent, names[i], st)
+
+        if not self.backing.blocking:
+            for i in range(len(names)):
+                await look(i)
+            return found
+        async with trio.open_nursery() as nursery:
+            for i in range(len(names)):
+                nursery.start_soon(look, i)
+        return found
+
+    async def fsyncdir(self, number: int) -> None:
+        def sync(dirfd: int) -> None:
+            fd = self.backing.reopen(dirfd, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self.backing.fsync(fd, False)
+            finally:
+                self.backing.close(fd)
+
+        inode = self.directories[number].inode
+        await self.descriptors.hold(inode)
+        inode.fd_busy += 1
+        try:
+            await self.io.in_thread("fsync", sync, inode.fd)
+        finally:
+            inode.fd_busy -= 1
+
+    # --- the rest ------------------------------------------------------------------------------------------------------
+
+    async def statvfs(self) -> os.statvfs_result:
+        return await self.descriptors.at("statvfs", self.table.root, self.backing.statvfs)
+
+    async def getxattr(self, inode: Inode, name: bytes) -> bytes:
+        return await self.descriptors.at("getxattr", inode, self.backing.getxattr, name)
+
+    async def listxattr(self, inode: Inode) -> list[bytes]:
+        return await self.descriptors.at("listxattr", inode, self.backing.listxattr)
+
+    async def setxattr(self, inode: Inode, name: bytes, value: bytes) -> None:
+        async with inode.lock:
+            if name.startswith(b"security.") and inode.unwritten:
+                await self.writeback.flush_locked(inode)  # writing later would take file capabilities away
+            await self._change(inode, "setxattr", self.backing.setxattr, name, value)
+
+    async def removexattr(self, inode: Inode, name: bytes) -> None:
+        async with inode.lock:
+            await self._change(inode, "removexattr", self.backing.removexattr, name)
+
+    async def sync(self) -> list[Inode]:
+        """Writes everything out and makes it durable; returns what could not be written."""
+        failed = await self.writeback.flush_all()
+        inode = self.table.root
+        await self.io.in_thread("syncfs", self.backing.syncfs, inode.fd)
+        return failed

@@ -1,0 +1,186 @@
+"""Inodes: what is known of the backing's files, by identity (device and inode number), and how each is reached.
+
+Names are remembered as (parent inode, name) and used one component at a time from the parent's descriptor, never as a
+path; what is found is checked against the identity, so that a rename or a symlink planted underneath leads to ESTALE and
+not to another file. See `cachefs.descriptors` for the descriptors.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import trio
+
+from cachefs.cache.file import CachedFile
+
+ROOT_NODE = 1
+FIRST_MADE_UP_NODE = 1 << 62  # node ids of files whose own number is taken: other devices, numbers 0 and 1
+
+Signature = tuple[int, int, int]
+
+
+def signature_of(st: os.stat_result) -> Signature:
+    """What changes whenever somebody changes a file's contents: mtime, size, ctime."""
+    return st.st_mtime_ns, st.st_size, st.st_ctime_ns
+
+
+class Inode:
+    """One file, directory or whatever else of the backing.
+
+    `lookups` counts the kernel's references, `opens` open handles, `children` inodes that are named relative to this one;
+    while any is above zero, or pages are cached, the inode stays in the table.
+    """
+
+    __slots__ = (
+        "busy", "checked_at", "children", "ctime_shown", "epoch", "error_count", "error_errno", "fd", "fd_busy", "file",
+        "handle", "key", "lock", "lookups", "mtime_ns", "names", "node", "opens", "reader", "retry_at",
+        "retry_seconds", "signature", "st", "unlinked", "writer",
+    )  # fmt: skip
+
+    def __init__(self, node: int, st: os.stat_result) -> None:
+        self.node = node  # what the kernel calls it
+        self.key = (st.st_dev, st.st_ino)
+        self.names: dict[tuple[Inode, bytes], None] = {}  # {(parent, name)}, oldest first; the root has none
+        self.lookups = self.opens = self.children = 0
+        self.fd = -1  # O_PATH descriptor, -1 = none now
+        self.fd_busy = 0  # calls under way that use `fd`
+        self.handle: bytes | None = None  # name for open_by_handle_at, made when `fd` is closed
+        self.reader = self.writer = -1  # descriptors for data; may be the same
+        self.busy = 0  # fills and writebacks under way that use them
+        self.file: CachedFile | None = None
+        self.st = st  # the backing's attributes when last seen
+        self.signature = signature_of(st)  # of the contents that the cached pages are of
+        self.checked_at = 0.0
+        self.epoch = 0  # grows with every change we make, so that attributes read meanwhile are known to be stale
+        self.mtime_ns = 0  # of our own last write; meaningful while file.unwritten
+        self.ctime_shown = (0, 0)  # (backing's ctime, the one to show instead): writeback must not be seen as a change
+        self.error_count = 0  # failures of writeback; a handle that has seen fewer reports `error_errno`
+        self.error_errno = 0
+        self.retry_at = self.retry_seconds = 0.0  # writeback back-off
+        self.lock = trio.Lock()  # held by truncate, writeback and whatever sets times or mode: one at a time
+        self.unlinked = False  # its last name is gone
+
+    @property
+    def unwritten(self) -> bool:
+        return self.file is not None and self.file.unwritten
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.st.st_mode)
+
+    @property
+    def is_regular(self) -> bool:
+        return stat.S_ISREG(self.st.st_mode)
+
+    @property
+    def in_use(self) -> bool:
+        return bool(self.lookups or self.opens or self.children or self.busy or self.fd_busy)
+
+    def attributes(self) -> "Attributes":
+        """What programs are to see: the backing's attributes, but for what they wrote and we have not."""
+        st, file = self.st, self.file
+        if file is None:
+            return Attributes(st, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+        if file.unwritten:
+            return Attributes(st, file.size, self.mtime_ns, max(self.ctime_shown[1], st.st_ctime_ns))
+        theirs, shown = self.ctime_shown
+        return Attributes(st, file.size, st.st_mtime_ns, shown if theirs == st.st_ctime_ns else st.st_ctime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """Attributes as programs see them; `st` has those that are always the backing's."""
+
+    st: os.stat_result
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class InodeTable:
+    """Every inode that is known, by what the kernel calls it and by identity."""
+
+    def __init__(self, root_st: os.stat_result) -> None:
+        self.root = Inode(ROOT_NODE, root_st)
+        self.root.lookups = 1
+        self._device = root_st.st_dev
+        self._by_node = {ROOT_NODE: self.root}
+        self._by_key = {self.root.key: self.root}
+        self._next_node = FIRST_MADE_UP_NODE
+
+    def __len__(self) -> int:
+        return len(self._by_node)
+
+    def __iter__(self) -> Iterator[Inode]:
+        return iter(self._by_node.values())
+
+    def get(self, node: int) -> Inode:
+        """The inode that the kernel calls `node`; KeyError if it should not know any such."""
+        return self._by_node[node]
+
+    def known(self, st: os.stat_result) -> Inode | None:
+        return self._by_key.get((st.st_dev, st.st_ino))
+
+    def add(self, st: os.stat_result) -> Inode:
+        """The inode of these attributes, new if its identity is."""
+        inode = self._by_key.get((st.st_dev, st.st_ino))
+        if inode is None:
+            inode = Inode(self._node_for(st), st)
+            self._by_node[inode.node] = self._by_key[inode.key] = inode
+        return inode
+
+    def _node_for(self, st: os.stat_result) -> int:
+        if st.st_dev == self._device and st.st_ino > ROOT_NODE and st.st_ino not in self._by_node:
+            return st.st_ino
+        self._next_node += 1
+        return self._next_node
+
+    def name(self, inode: Inode, parent: Inode, name: bytes) -> None:
+        """Notes that `inode` was found as `name` in `parent`."""
+        if (parent, name) not in inode.names:
+            inode.names[parent, name] = None
+            parent.children += 1
+
+    def unname(self, inode: Inode, parent: Inode, name: bytes) -> None:
+        if (parent, name) in inode.names:
+            del inode.names[parent, name]
+            parent.children -= 1
+
+    def drop(self, inode: Inode) -> list[Inode]:
+        """Forgets an inode that nobody uses, and parents that were kept for it alone; returns those, for their descriptors.
+
+        Does nothing while it is in use or has cached pages.
+        """
+        dropped = []
+        while inode is not self.root and not inode.in_use and not (inode.file and inode.file.resident_pages):
+            if self._by_node.pop(inode.node, None) is None:
+                break
+            if self._by_key.get(inode.key) is inode:
+                del self._by_key[inode.key]
+            dropped.append(inode)
+            parents = [parent for parent, _ in inode.names]
+            inode.names.clear()
+            for parent in parents:
+                parent.children -= 1
+            if not parents:
+                break
+            for parent in parents[1:]:
+                dropped += self.drop(parent)
+            inode = parents[0]
+        return dropped
+
+    def renumbered(self, inode: Inode) -> None:
+        """The file is gone and its number may come back as another file's: that one will get an inode of its own."""
+        if self._by_key.get(inode.key) is inode:
+            del self._by_key[inode.key]
+
+    def check(self) -> None:
+        children: dict[Inode, int] = {}
+        for inode in self:
+            assert self._by_node[inode.node] is inode
+            for parent, _ in inode.names:
+                children[parent] = children.get(parent, 0) + 1
+        for inode in self:
+            assert inode.children == children.get(inode, 0), "children miscounted"
+            assert inode.lookups >= 0 and inode.opens >= 0 and inode.busy >= 0 and inode.fd_busy >= 0

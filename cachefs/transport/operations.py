@@ -1,0 +1,267 @@
+"""The FUSE side: pyfuse3 requests become calls of `FileSystem` and `Files`, errors become errnos, and nothing more."""
+
+import errno
+import functools
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FlagT, FUSEError, InodeT, ModeT, RequestContext, SetattrFields
+
+from cachefs.files import Files, Opened
+from cachefs.fs import STATS_AT_ONCE, Caller, Changes, FileSystem
+from cachefs.inode import Inode
+from cachefs.statistics import Histogram
+
+log = logging.getLogger(__name__)
+F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+
+STATVFS_FIELDS = (
+    "f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail", "f_namemax",
+)  # fmt: skip
+
+
+def request(method: F) -> F:
+    """A handler: timed, and nothing but FUSEError leaves it, since anything else would end the mount."""
+    op = method.__name__
+
+    @functools.wraps(method)
+    async def handler(self: "Operations", *args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return await method(self, *args)
+        except FUSEError:
+            raise
+        except OSError as error:
+            raise FUSEError(error.errno or errno.EIO) from None
+        except Exception:
+            log.exception("%s failed", op)
+            raise FUSEError(errno.EIO) from None
+        finally:
+            self.durations[op].observe(time.perf_counter() - start)
+
+    handler.is_request = True  # type: ignore[attr-defined]
+    return handler  # type: ignore[return-value]
+
+
+def caller(ctx: RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid, ctx.umask)
+
+
+class Operations(pyfuse3.Operations):
+    """pyfuse3's handlers. `kernel_cache` is what the kernel may keep: off | open | keep."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = True
+
+    def __init__(self, fs: FileSystem, kernel_cache: str, ttl_seconds: float, on_init: Callable[[], None]) -> None:
+        super().__init__()
+        self.fs = fs
+        self.files: Files = fs.files
+        self.kernel_cache = kernel_cache
+        self.ttl_seconds = ttl_seconds
+        self.on_init = on_init
+        names = [name for name in dir(type(self)) if hasattr(getattr(type(self), name), "is_request")]
+        self.durations = {name: Histogram() for name in names}
+
+    def init(self) -> None:
+        self.on_init()
+
+    # --- attributes ----------------------------------------------------------------------------------------------------
+
+    def _inode(self, node: int) -> Inode:
+        try:
+            return self.fs.table.get(node)
+        except KeyError:
+            raise FUSEError(errno.ESTALE) from None
+
+    def _entry(self, inode: Inode) -> EntryAttributes:
+        seen = inode.attributes()
+        st, entry = seen.st, EntryAttributes()
+        entry.st_ino = InodeT(inode.node)
+        entry.st_mode = ModeT(st.st_mode)
+        entry.st_nlink = st.st_nlink
+        entry.st_uid = st.st_uid
+        entry.st_gid = st.st_gid
+        entry.st_rdev = st.st_rdev
+        entry.st_size = seen.size
+        entry.st_blksize = st.st_blksize
+        # Blocks of what is not written yet: programs take 0 for "all hole" and would not read it.
+        entry.st_blocks = st.st_blocks if seen.size == st.st_size else max(st.st_blocks, (seen.size + 511) // 512)
+        entry.st_atime_ns = st.st_atime_ns
+        entry.st_mtime_ns = seen.mtime_ns
+        entry.st_ctime_ns = seen.ctime_ns
+        entry.entry_timeout = entry.attr_timeout = self.ttl_seconds
+        return entry
+
+    @request
+    async def lookup(self, parent: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(await self.fs.lookup(self._inode(parent), name))
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for node, lookups in inode_list:
+            try:
+                self.fs.forget(node, lookups)
+            except Exception:
+                log.exception("forget failed")
+
+    @request
+    async def getattr(self, node: InodeT, ctx: RequestContext) -> EntryAttributes:
+        inode = self._inode(node)
+        await self.fs.getattr(inode)
+        return self._entry(inode)
+
+    @request
+    async def setattr(
+        self, node: InodeT, attr: EntryAttributes, fields: SetattrFields, fh: FileHandleT | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        inode = self._inode(node)
+        changes = Changes(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        await self.fs.setattr(inode, changes, ctx.uid)
+        return self._entry(inode)
+
+    @request
+    async def access(self, node: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
+        return True  # the kernel has checked (default_permissions)
+
+    # --- names ---------------------------------------------------------------------------------------------------------
+
+    @request
+    async def readlink(self, node: InodeT, ctx: RequestContext) -> bytes:
+        return await self.fs.readlink(self._inode(node))
+
+    @request
+    async def mknod(self, parent: InodeT, name: bytes, mode: ModeT, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(await self.fs.mknod(self._inode(parent), name, mode, rdev, caller(ctx)))
+
+    @request
+    async def mkdir(self, parent: InodeT, name: bytes, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(await self.fs.mkdir(self._inode(parent), name, mode, caller(ctx)))
+
+    @request
+    async def symlink(self, parent: InodeT, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(await self.fs.symlink(self._inode(parent), name, target, caller(ctx)))
+
+    @request
+    async def link(self, node: InodeT, parent: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(await self.fs.link(self._inode(node), self._inode(parent), name))
+
+    @request
+    async def unlink(self, parent: InodeT, name: bytes, ctx: RequestContext) -> None:
+        await self.fs.unlink(self._inode(parent), name)
+
+    @request
+    async def rmdir(self, parent: InodeT, name: bytes, ctx: RequestContext) -> None:
+        await self.fs.rmdir(self._inode(parent), name)
+
+    @request
+    async def rename(
+        self, old: InodeT, name: bytes, new: InodeT, new_name: bytes, flags: FlagT, ctx: RequestContext
+    ) -> None:
+        await self.fs.rename(self._inode(old), name, self._inode(new), new_name, flags)
+
+    # --- directories ---------------------------------------------------------------------------------------------------
+
+    @request
+    async def opendir(self, node: InodeT, ctx: RequestContext) -> FileHandleT:
+        return FileHandleT(self.fs.opendir(self._inode(node)))
+
+    @request
+    async def readdir(self, fh: FileHandleT, start: int, token: pyfuse3.ReaddirToken) -> None:
+        names = await self.fs.names(fh, start)
+        while start < 2:  # the kernel takes no lookup count for these two
+            inode = self.fs.directories[fh].inode
+            if not pyfuse3.readdir_reply(token, (b".", b"..")[start], self._entry(inode), start + 1):
+                return
+            start += 1
+        while start - 2 < len(names):
+            some = names[start - 2 : start - 2 + STATS_AT_ONCE]
+            for name, inode_found in zip(some, await self.fs.entries(fh, some), strict=True):
+                start += 1
+                if inode_found is None:
+                    continue
+                if not pyfuse3.readdir_reply(token, name, self._entry(inode_found), start):
+                    return
+                inode_found.lookups += 1
+
+    @request
+    async def releasedir(self, fh: FileHandleT) -> None:
+        self.fs.releasedir(fh)
+
+    @request
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        await self.fs.fsyncdir(fh)
+
+    # --- files ---------------------------------------------------------------------------------------------------------
+
+    def _info(self, opened: Opened) -> FileInfo:
+        keep = self.kernel_cache == "keep" and opened.unchanged
+        return FileInfo(fh=FileHandleT(opened.number), direct_io=self.kernel_cache == "off", keep_cache=keep)
+
+    @request
+    async def open(self, node: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        return self._info(await self.files.open(self._inode(node), flags, ctx.uid))
+
+    @request
+    async def create(
+        self, parent: InodeT, name: bytes, mode: ModeT, flags: FlagT, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        inode, opened = await self.fs.create(self._inode(parent), name, mode, flags, caller(ctx))
+        return self._info(opened), self._entry(inode)
+
+    @request
+    async def read(self, fh: FileHandleT, offset: int, size: int) -> memoryview | bytes:  # type: ignore[override]  # any buffer
+        return await self.files.read(fh, offset, size)
+
+    @request
+    async def write(self, fh: FileHandleT, offset: int, data: bytes) -> int:
+        return await self.files.write(fh, offset, data)
+
+    @request
+    async def flush(self, fh: FileHandleT) -> None:
+        await self.files.flush(fh)
+
+    @request
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        await self.files.fsync(fh, datasync)
+
+    @request
+    async def release(self, fh: FileHandleT) -> None:
+        inode = self.files.handles[fh].inode
+        await self.files.release(fh)
+        self.fs.drop(inode)
+
+    # --- the rest ------------------------------------------------------------------------------------------------------
+
+    @request
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        theirs, ours = await self.fs.statvfs(), pyfuse3.StatvfsData()
+        for field in STATVFS_FIELDS:
+            setattr(ours, field, getattr(theirs, field))
+        return ours
+
+    @request
+    async def getxattr(self, node: InodeT, name: bytes, ctx: RequestContext) -> bytes:
+        return await self.fs.getxattr(self._inode(node), name)
+
+    @request
+    async def listxattr(self, node: InodeT, ctx: RequestContext) -> Sequence[bytes]:
+        return await self.fs.listxattr(self._inode(node))
+
+    @request
+    async def setxattr(self, node: InodeT, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        await self.fs.setxattr(self._inode(node), name, value)
+
+    @request
+    async def removexattr(self, node: InodeT, name: bytes, ctx: RequestContext) -> None:
+        await self.fs.removexattr(self._inode(node), name)

@@ -1,0 +1,290 @@
+"""Writeback: which dirty extents go to the backing when, and how writers are held back.
+
+Two thresholds and two clocks, as Linux has them. Above `dirty_background_bytes` the oldest files are written; what has
+been dirty for `dirty_expire_seconds` is written at the next tick, every `writeback_interval_seconds`. Between half way to
+`dirty_limit_bytes` and that limit writers are slowed to a falling multiple of the speed at which the backing takes data,
+so there is no cliff; the limit itself is never passed (`PageCache.write` refuses).
+
+A batch is some extents of one file, written by one call into the writeback thread: a file has one batch at a time
+(`inode.lock`), up to `BATCHES_MAX` files are written side by side. Pages that are written to meanwhile stay dirty. A batch
+that fails leaves its pages dirty; the file is tried again after a pause that doubles, and other files go on.
+"""
+
+import errno
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Callable
+
+import trio
+
+from cachefs.cache.file import CachedFile
+from cachefs.cache.page import GROUP_SHIFT, GROUP_SIZE, PAGE_SHIFT, PAGE_SIZE, Group, runs
+from cachefs.cache.pagecache import PageCache
+from cachefs.inode import Inode
+from cachefs.statistics import WritebackStatistics
+
+log = logging.getLogger(__name__)
+
+BATCH_BYTES = 8 << 20  # what one call writes: enough to be worth a thread switch, little enough to see progress
+BATCH_EXTENTS = 1024
+BATCHES_MAX = 4
+RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 0.5, 30.0
+PAUSE_MOST_SECONDS = 0.2  # longest single pause of a writer below the limit
+
+Batch = list[tuple[int, list[memoryview], list[tuple[Group, int]]]]  # extents: offset, buffers, pages
+
+
+class Writeback:
+    """Owns the list of files with unwritten data. `settled` is told of each that is clean."""
+
+    def __init__(
+        self,
+        cache: PageCache,
+        *,
+        limit_bytes: int,
+        background_bytes: int,
+        expire_seconds: float,
+        interval_seconds: float,
+        settled: Callable[[Inode], None] = lambda inode: None,
+    ) -> None:
+        self.cache = cache
+        self.limit_pages = limit_bytes // PAGE_SIZE
+        self.background_pages = background_bytes // PAGE_SIZE
+        self.expire_seconds = expire_seconds
+        self.interval_seconds = interval_seconds
+        self.settled = settled
+        self.dirty: dict[Inode, None] = {}  # inodes with unwritten data, first dirtied first
+        self.written_bytes = 0
+        self.errors: Counter[str] = Counter()  # {errno name: batches that failed}
+        self.throttle_seconds = 0.0
+        self._speed = 0.0  # bytes a second that batches reached lately, 0 = unknown
+        self._under_way = 0
+        self._write_soon = False  # somebody waits for room: thresholds and ages do not matter
+        self._wake = trio.Event()
+        self._progress = trio.lowlevel.ParkingLot()  # woken after every batch
+        cache.dirty_limit_pages = self.limit_pages
+
+    # --- writers ---------------------------------------------------------------------------------------------------
+
+    @property
+    def unwritten_pages(self) -> int:
+        return self.cache.dirty_pages + self.cache.writeback_pages
+
+    def note(self, inode: Inode) -> None:
+        """To be called after every write to the file."""
+        self.dirty.setdefault(inode)
+        if self.cache.dirty_pages > self.background_pages:
+            self.kick()
+
+    def kick(self) -> None:
+        self._wake.set()
+
+    def must_throttle(self, nbytes: int) -> bool:
+        return self.unwritten_pages + (nbytes >> PAGE_SHIFT) > (self.background_pages + self.limit_pages) // 2
+
+    async def throttle(self, nbytes: int) -> None:
+        """Holds a writer of `nbytes` back in proportion to how near the limit is; raises what stops writeback for good."""
+        start = self.cache.clock()
+        free = (self.background_pages + self.limit_pages) // 2
+        self.kick()
+        level = self.unwritten_pages + (nbytes >> PAGE_SHIFT)
+        if self._speed and free < level <= self.limit_pages:
+            # Twice the backing's speed just above `free`, falling to nothing at the limit.
+            rate = 2 * self._speed * (self.limit_pages - level + 1) / (self.limit_pages - free + 1)
+            await trio.sleep(min(nbytes / rate, PAUSE_MOST_SECONDS))
+        while self.unwritten_pages + (nbytes >> PAGE_SHIFT) > self.limit_pages:
+            self.check_stuck()
+            self.kick()
+            await self._progress.park()
+        self.throttle_seconds += self.cache.clock() - start
+
+    def check_stuck(self) -> None:
+        """Raises the error that keeps the data of every dirty file from being written, if that is so."""
+        if self._under_way or not self.dirty:
+            return
+        if all(inode.retry_seconds for inode in self.dirty):
+            worst = max(self.dirty, key=lambda inode: inode.error_count)
+            raise OSError(worst.error_errno, os.strerror(worst.error_errno))
+
+    def need_room(self) -> None:
+        """Somebody waits for pages that are dirty: write, whatever the thresholds say."""
+        self.check_stuck()
+        self._write_soon = True
+        self.kick()
+
+    # --- the task ----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Writes what is due until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                with trio.move_on_after(self.interval_seconds):
+                    await self._wake.wait()
+                self._wake = trio.Event()
+                for inode in self._due(BATCHES_MAX - self._under_way):
+                    self._under_way += 1
+                    nursery.start_soon(self._write_one, inode)
+
+    def _due(self, most: int) -> list[Inode]:
+        """The files to write next. `dirty` is in the order of age, so that the first one too young ends the search."""
+        now = self.cache.clock()
+        everything = self._write_soon or self.cache.dirty_pages > self.background_pages
+        due: list[Inode] = []
+        for inode in list(self.dirty):
+            if len(due) >= most:
+                break
+            file = inode.file
+            if file is None or not file.unwritten:
+                self._clean(inode)
+            elif file.dirty_pages and now >= inode.retry_at and not inode.lock.locked():
+                if not everything and now - file.dirty_since < self.expire_seconds:
+                    break
+                due.append(inode)
+        else:
+            self._write_soon = False
+        return due
+
+    async def _write_one(self, inode: Inode) -> None:
+        try:
+            async with inode.lock:
+                await self.write_batch(inode)
+        finally:
+            self._under_way -= 1
+            self._progress.unpark_all()
+            if self.dirty:
+                self.kick()
+
+    # --- one file ----------------------------------------------------------------------------------------------------
+
+    async def flush(self, inode: Inode) -> None:
+        """Writes what is dirty of one file now, waits for what is under way, and raises what went wrong."""
+        async with inode.lock:
+            await self.flush_locked(inode)
+
+    async def flush_locked(self, inode: Inode) -> None:
+        """The same by a caller that holds `inode.lock`. Pages dirtied meanwhile may stay: it ends on a file in heavy use."""
+        file = inode.file
+        if file is None:
+            return
+        left = file.dirty_pages
+        while left > 0 and file.dirty_pages:
+            before = self.written_bytes
+            error = await self.write_batch(inode)
+            if error is not None:
+                raise error
+            left -= max(1, (self.written_bytes - before) >> PAGE_SHIFT)
+        if not file.unwritten:
+            self._clean(inode)
+
+    async def flush_all(self, report: Callable[[int], None] = lambda dirty_bytes: None) -> list[Inode]:
+        """Writes everything that is dirty now, several files at a time; returns the inodes that could not be written."""
+        failed: list[Inode] = []
+        todo = iter(list(self.dirty))
+
+        async def worker() -> None:
+            for inode in todo:
+                try:
+                    await self.flush(inode)
+                except OSError:
+                    failed.append(inode)
+                report(self.unwritten_pages * PAGE_SIZE)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(BATCHES_MAX):
+                nursery.start_soon(worker)
+        return failed
+
+    async def write_batch(self, inode: Inode) -> OSError | None:
+        """Writes the next extents of a file, under `inode.lock`. Failures are noted on the inode and returned."""
+        file = inode.file
+        if file is None or not file.dirty_pages:
+            return None
+        batch = self.take_batch(file)
+        since = file.groups[batch[0][2][0][0].index].dirty_since
+        start = self.cache.clock()
+        done, error = 0, None
+        try:
+            done, error = await file.source.write([(offset, buffers) for offset, buffers, _ in batch])
+        finally:
+            for i, (_, _, pages) in enumerate(batch):
+                for group, mask in pages:
+                    self.cache.finish_writeback(group, mask, None if i < done else since)
+            self._account(batch[:done], self.cache.clock() - start)
+            if inode.unlinked and not inode.opens:
+                self.cache.discard(file)
+            self._note_result(inode, error)
+            self._progress.unpark_all()
+        return error
+
+    def take_batch(self, file: CachedFile) -> Batch:
+        """Makes the next dirty extents of `file` WRITEBACK, ascending; neighbours in the file are one extent."""
+        batch: Batch = []
+        size = 0
+        for index in sorted(file.dirty_groups):
+            group = file.groups[index]
+            for first, count in runs(group.dirty):
+                offset = (index << GROUP_SHIFT | first) << PAGE_SHIFT
+                stop = min(offset + (count << PAGE_SHIFT), file.size)
+                start = group.base + (offset - index * GROUP_SIZE)
+                view = self.cache.arena.view[start : start + stop - offset]
+                mask = ((1 << count) - 1) << first
+                self.cache.start_writeback(group, mask)
+                _append(batch, offset, view, group, mask)
+                size += count << PAGE_SHIFT
+                if size >= BATCH_BYTES or len(batch) >= BATCH_EXTENTS:
+                    return batch
+        return batch
+
+    def _account(self, written: Batch, seconds: float) -> None:
+        nbytes = sum(len(buffer) for _, buffers, _ in written for buffer in buffers)
+        self.written_bytes += nbytes
+        if nbytes >= 64 * PAGE_SIZE:
+            speed = nbytes / max(seconds, 1e-6) * max(1, self._under_way)
+            self._speed = speed if not self._speed else 0.8 * self._speed + 0.2 * speed
+
+    def _note_result(self, inode: Inode, error: OSError | None) -> None:
+        if error is None:
+            inode.retry_at = inode.retry_seconds = 0.0
+            if not inode.unwritten:
+                self._clean(inode)
+            elif self.dirty.pop(inode, inode) is None:
+                self.dirty[inode] = None  # what is left is younger
+            return
+        number = error.errno or errno.EIO
+        name = errno.errorcode.get(number, str(number))
+        self.errors[name] += 1
+        if not inode.retry_seconds:
+            log.error("cannot write to the backing: %s (inode %d); the data is kept and tried again", name, inode.node)
+        inode.error_count += 1
+        inode.error_errno = number
+        inode.retry_seconds = min(max(RETRY_FIRST_SECONDS, 2 * inode.retry_seconds), RETRY_MOST_SECONDS)
+        inode.retry_at = self.cache.clock() + inode.retry_seconds
+
+    def _clean(self, inode: Inode) -> None:
+        if self.dirty.pop(inode, inode) is None:
+            self.settled(inode)
+
+    def statistics(self) -> WritebackStatistics:
+        oldest = min((i.file.dirty_since for i in self.dirty if i.file and i.file.dirty_pages), default=math.inf)
+        cache = self.cache.statistics()
+        return WritebackStatistics(
+            dirty_bytes=(cache.dirty_pages + cache.writeback_pages) * PAGE_SIZE,
+            dirty_limit_bytes=self.limit_pages * PAGE_SIZE,
+            oldest_dirty_seconds=max(0.0, self.cache.clock() - oldest) if oldest < math.inf else 0.0,
+            written_bytes=self.written_bytes,
+            errors=dict(self.errors),
+            throttle_seconds=self.throttle_seconds,
+        )
+
+
+def _append(batch: Batch, offset: int, view: memoryview, group: Group, mask: int) -> None:
+    """Adds pages to the last extent if they follow it in the file, or begins another."""
+    if batch:
+        start, buffers, pages = batch[-1]
+        if start + sum(len(buffer) for buffer in buffers) == offset:
+            buffers.append(view)
+            pages.append((group, mask))
+            return
+    batch.append((offset, [view], [(group, mask)]))
