@@ -185,6 +185,14 @@ def mixed() -> Iterator[Request]:
         yield next(scanner)
 
 
+def prefetched() -> Iterator[Request]:
+    """As mixed, but every scan request comes twice: a prefetch, then the read that hits what it brought."""
+    for request in mixed():
+        yield request
+        if request[1] > 1:
+            yield request
+
+
 def phases() -> Iterator[Request]:
     """The working set for a while, then one whole scan, and so on: a nightly backup."""
     reads, scanner = working_set(0.9), scan()
@@ -213,6 +221,7 @@ def large_zipf() -> Iterator[Request]:
 
 LOADS: dict[str, Callable[[], Iterator[Request]]] = {
     "mixed": mixed,
+    "prefetched": prefetched,
     "phases": phases,
     "shifting": shifting,
     "loop": loop,

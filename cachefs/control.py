@@ -110,9 +110,7 @@ async def _accept(listening: trio.socket.SocketType) -> trio.socket.SocketType:
             await trio.sleep(0.1)
 
 
-async def _serve_client(
-    client: trio.socket.SocketType, handlers: Mapping[str, Handler], room: trio.CapacityLimiter
-) -> None:
+async def _serve_client(client: trio.socket.SocketType, handlers: Mapping[str, Handler], room: trio.CapacityLimiter) -> None:
     connection = _Connection(client)
     with client:
         try:
@@ -254,9 +252,7 @@ def _patience(silence_seconds: float | None, deadline: float | None) -> float | 
     return remaining_seconds if silence_seconds is None else min(silence_seconds, remaining_seconds)
 
 
-def _lines(
-    connection: socket.socket, silence_seconds: float | None, deadline: float | None
-) -> Iterator[dict[str, object]]:
+def _lines(connection: socket.socket, silence_seconds: float | None, deadline: float | None) -> Iterator[dict[str, object]]:
     buffer = bytearray()
     while True:
         connection.settimeout(_patience(silence_seconds, deadline))

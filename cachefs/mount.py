@@ -35,7 +35,7 @@ from cachefs.inode import Inode, InodeTable
 from cachefs.metrics import MetricsServer, make_registry
 from cachefs.state import State
 from cachefs.statistics import FileSystemStatistics, Statistics
-from cachefs.transport import negotiate
+from cachefs.transport import negotiate, seam
 from cachefs.transport.operations import Operations
 from cachefs.writeback import Writeback
 
@@ -185,6 +185,7 @@ class Mount:
             self.fs, self.kernel_cache, self.config.metadata_ttl_seconds, connection.hand_over
         )
         pyfuse3.init(self.operations, f"/dev/fd/{connection.session_fd}", set())
+        seam.enable()
         nursery.start_soon(self._serve_fuse)
 
     async def _serve_fuse(self) -> None:

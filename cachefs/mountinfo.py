@@ -66,9 +66,7 @@ def is_cachefs(mountpoint: str, pid: int | None = None) -> bool:
 def is_dead(mountpoint: str) -> bool:
     """Whether the path is a FUSE mountpoint whose daemon is gone (`Transport endpoint is not connected`)."""
     try:
-        os.statvfs(
-            mountpoint
-        )  # always asks the daemon, where stat() may be answered from attributes that the kernel kept
+        os.statvfs(mountpoint)  # always asks the daemon, where stat() may be answered from attributes that the kernel kept
     except OSError as error:
         return error.errno == errno.ENOTCONN
     return False

@@ -70,10 +70,20 @@ def check_fuse(config: Config) -> None:
     """Refuses where the kernel, the container or missing rights allow no FUSE mount."""
     if not os.path.exists(FUSE_DEVICE):
         raise CachefsError(f"there is no {FUSE_DEVICE}: modprobe fuse, or run a container with --device {FUSE_DEVICE}")
-    if not os.access(FUSE_DEVICE, os.R_OK | os.W_OK):
-        raise CachefsError(f"{FUSE_DEVICE} may not be opened: root must allow it (chmod a+rw {FUSE_DEVICE})")
+    _check_device_opens()
     if os.geteuid() != 0:
         _check_unprivileged(config)
+
+
+def _check_device_opens() -> None:
+    try:
+        os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError:  # fusermount3 opens it with the rights of its user
+        how = f"chmod a+rw {FUSE_DEVICE} as root, or allow it to the container"
+        raise CachefsError(f"{FUSE_DEVICE} may not be opened: {how}") from None
+    except OSError as error:
+        how = "modprobe fuse, or run a container with --device /dev/fuse --cap-add SYS_ADMIN"
+        raise CachefsError(f"{FUSE_DEVICE} can't be opened ({error.strerror}): {how}") from None
 
 
 def _check_unprivileged(config: Config) -> None:

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 purpose=${1:-run}
 run_packages=(fuse3 libfuse3-dev pkg-config gcc libc6-dev)
 demo_packages=(git sqlite3)
-test_packages=("${demo_packages[@]}" make gcc libc6-dev rsync fio stress-ng prometheus attr acl strace libaio-dev)
+test_packages=("${demo_packages[@]}" make gcc libc6-dev rsync fio stress-ng prometheus systemd attr acl strace libaio-dev)
 case $purpose in
     run | lint) debian=("${run_packages[@]}") ;;
     demo) debian=("${run_packages[@]}" "${demo_packages[@]}") ;;
@@ -42,6 +42,7 @@ missing_packages() {
             libfuse3-dev) command -v pkg-config && pkg-config --exists fuse3 ;;
             libc6-dev) test -e /usr/include/stdio.h ;;
             libaio-dev) test -e /usr/include/libaio.h ;;
+            systemd) command -v systemd-analyze ;; # its checker of units
             attr) command -v setfattr ;;
             acl) command -v setfacl ;;
             *) command -v "$package" ;;

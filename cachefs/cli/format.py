@@ -36,9 +36,7 @@ def status_text(status: Figures) -> str:
 def _title(status: Figures) -> str:
     uptime = (status.get("statistics") or {}).get("uptime_seconds")
     since = f", up {format_duration(uptime)}" if uptime is not None else ""
-    return (
-        f"{status.get('mountpoint')} <- {status.get('source')}  ({status.get('phase')}, pid {status.get('pid')}{since})"
-    )
+    return f"{status.get('mountpoint')} <- {status.get('source')}  ({status.get('phase')}, pid {status.get('pid')}{since})"
 
 
 def _rows(statistics: Figures, metrics: object) -> Iterator[tuple[str, str]]:

@@ -21,9 +21,7 @@ TYPES = ("cachefs", "fuse.cachefs", "fuse")
 WRONG_INVOCATION, MOUNT_FAILURE = 1, 32
 
 
-@click.command(
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
-)
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def _mount_helper(arguments: tuple[str, ...]) -> int:
     return _mount(arguments)

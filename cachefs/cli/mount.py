@@ -42,9 +42,7 @@ def _kind(option: Option) -> dict[str, Any]:
 @_config_options
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to stderr (for systemd).")
 @click.option("-o", "words", multiple=True, metavar="A,B=C", help="The same options and mount(8)'s, as in fstab.")
-def command(
-    source: str, mountpoint: str, foreground: bool, words: tuple[str, ...], **options: str | bool | None
-) -> int:
+def command(source: str, mountpoint: str, foreground: bool, words: tuple[str, ...], **options: str | bool | None) -> int:
     """Mount SOURCE, a directory, on MOUNTPOINT, an empty one.
 
     Sizes are written 512M, 2G, 10%, times 10ms, 30s, 5m. Returns when the mountpoint answers.
@@ -63,9 +61,7 @@ def _as_text(value: str | bool) -> str:
 
 def config_of(source: str, mountpoint: str, mounting: MountOptions) -> Config:
     """The `Config` of a mount asked for with these words."""
-    return make_config(
-        source, mountpoint, mounting.values, mount_flags=frozenset(mounting.flags), fsname=mounting.fsname
-    )
+    return make_config(source, mountpoint, mounting.values, mount_flags=frozenset(mounting.flags), fsname=mounting.fsname)
 
 
 def mount_now(config: Config, *, foreground: bool) -> int:

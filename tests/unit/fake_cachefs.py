@@ -38,9 +38,7 @@ async def _serve(config: Config, state: State, ready: daemon.Ready) -> int:
     stopped = trio.Event()
 
     async def status(request: Mapping[str, object], send: control.Send) -> None:
-        await send(
-            {"done": True, "mountpoint": config.mountpoint, "metrics": None, "statistics": {"uptime_seconds": 1.5}}
-        )
+        await send({"done": True, "mountpoint": config.mountpoint, "metrics": None, "statistics": {"uptime_seconds": 1.5}})
 
     async def write_out(request: Mapping[str, object], send: control.Send) -> None:
         await send({"dirty_bytes": 8192})
@@ -49,9 +47,7 @@ async def _serve(config: Config, state: State, ready: daemon.Ready) -> int:
             stopped.set()
 
     async with trio.open_nursery() as nursery:
-        await nursery.start(
-            control.serve, state.socket_path, {"status": status, "umount": write_out, "sync": write_out}
-        )
+        await nursery.start(control.serve, state.socket_path, {"status": status, "umount": write_out, "sync": write_out})
         ready({"metrics": "http://127.0.0.1:1/metrics"})
         await stopped.wait()
         daemon.stopping(state)

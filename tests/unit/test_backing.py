@@ -283,6 +283,8 @@ def test_a_changed_plan_file_lets_go_of_hanging_calls(inner: DirectoryBacking, f
     faulty = FaultyBacking(inner, str(path))
     thread = threading.Thread(target=refused, args=(errno.EIO, faulty.preadv, fd, [bytearray(1)], 0), daemon=True)
     thread.start()
+    while not faulty.calls["preadv"]:
+        thread.join(0.001)
     write_plan(path, [])
     thread.join(10)
     assert not thread.is_alive()

@@ -189,11 +189,17 @@ def test_a_mounted_mountpoint_is_refused(paths: tuple[Path, Path], monkeypatch: 
     assert "is already a cachefs: first run cachefs umount" in refusal(*paths)
 
 
-def test_without_the_device_the_line_says_how_to_get_it(
-    paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_device_the_line_says_how_to_get_it(paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "FUSE_DEVICE", "/nonexistent/fuse")
     assert "modprobe fuse" in refusal(*paths)
+
+
+def test_a_device_that_can_t_be_opened_is_one_line(
+    paths: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(preflight, "FUSE_DEVICE", str(tmp_path))
+    assert "can't be opened (Is a directory): modprobe fuse" in refusal(*paths)
 
 
 def test_a_user_needs_fusermount3(paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,9 +208,7 @@ def test_a_user_needs_fusermount3(paths: tuple[Path, Path], monkeypatch: pytest.
     assert "apt install fuse3" in refusal(*paths)
 
 
-def test_a_user_needs_leave_for_allow_other(
-    paths: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_user_needs_leave_for_allow_other(paths: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     be_a_user(monkeypatch)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     conf = tmp_path / "fuse.conf"

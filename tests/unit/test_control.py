@@ -1,5 +1,6 @@
 """The control channel: answers arrive in order, and no client can hurt the daemon."""
 
+import contextlib
 import json
 import os
 import socket
@@ -48,9 +49,7 @@ HANDLERS: dict[str, Handler] = {
 }
 
 
-def with_server(
-    path: Path, client: Callable[[], Awaitable[object]], handlers: Mapping[str, Handler] = HANDLERS
-) -> None:
+def with_server(path: Path, client: Callable[[], Awaitable[object]], handlers: Mapping[str, Handler] = HANDLERS) -> None:
     """Runs `client` beside a server, and requires that the server still answers afterwards."""
 
     async def main() -> None:
@@ -76,8 +75,9 @@ async def talk(path: Path, sent: bytes) -> list[Reply]:
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(10)
             client.connect(str(path))
-            client.sendall(sent)
-            client.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # the server may have closed already
+                client.sendall(sent)
+                client.shutdown(socket.SHUT_WR)
             received = b"".join(iter(lambda: client.recv(65536), b""))
         return [json.loads(line) for line in received.splitlines()]
 

@@ -1,0 +1,250 @@
+"""`make bench`: what a hit costs over the floor, and whether cold reads, writes and memory keep their promises.
+
+Figures are medians over rounds; those that are compared are measured in turn in one run. The table is printed, and kept
+as JSON with --json FILE. On a shared machine compare ratios, not single figures.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mounts
+from mounts import Mounted
+
+KIB, MIB = 1 << 10, 1 << 20
+HIT_CASES = (("4k x1", 4 * KIB, 20000, 1), ("4k x4", 4 * KIB, 20000, 4), ("128k", 128 * KIB, 4000, 1), ("1M", MIB, 600, 1))
+SPAN_BYTES = 100 * MIB  # of the file that hits fall in
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
+    args = parser.parse_args()
+    unknown = [case for case in args.cases if case not in CASES]
+    if unknown:
+        parser.error(f"no such case: {unknown[0]}; there are {', '.join(CASES)}")
+    results = {}
+    for name in args.cases or CASES:
+        print(f"\n{name}: {CASES[name].__doc__.splitlines()[0]}", flush=True)
+        results[name] = CASES[name](args.rounds)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def write_file(path: Path, nbytes: int) -> None:
+    block = os.urandom(MIB)
+    with open(path, "wb") as file:
+        for _ in range(nbytes // MIB):
+            file.write(block)
+
+
+def read_through(path: Path, size: int = 128 * KIB) -> int:
+    total = 0
+    with open(path, "rb", buffering=0) as file:
+        while part := file.read(size):
+            total += len(part)
+    return total
+
+
+# --- hits
+
+
+def random_reads(path: Path, size: int, count: int, threads: int) -> float:
+    """Seconds for `count` reads of `size` bytes at random aligned places."""
+
+    def work(seed: int) -> None:
+        rng, fd = random.Random(seed), os.open(path, os.O_RDONLY)
+        for _ in range(count // threads):
+            os.pread(fd, size, rng.randrange(SPAN_BYTES // size) * size)
+        os.close(fd)
+
+    pool = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
+    start = time.perf_counter()
+    for thread in pool:
+        thread.start()
+    for thread in pool:
+        thread.join()
+    return time.perf_counter() - start
+
+
+def hit_round(mounted: Mounted) -> list[tuple[float, float]]:
+    """(wall, daemon CPU) in us per request, for each of HIT_CASES."""
+    out = []
+    for _, size, count, threads in HIT_CASES:
+        random_reads(mounted.path / "f", size, count // 10, threads)
+        before = mounted.cpu_seconds()
+        wall = random_reads(mounted.path / "f", size, count, threads)
+        out.append((wall / count * 1e6, (mounted.cpu_seconds() - before) / count * 1e6))
+    return out
+
+
+def bench_hits(rounds: int) -> dict:
+    """A hit against the floor, us per request: at most 1.25 x its CPU at 4 KiB, at least 0.85 x its throughput from 128 KiB."""
+    rows: dict[str, list[list[tuple[float, float]]]] = {"floor": [], "cachefs": []}
+    with mounts.scratch() as work:
+        source = work / "source"
+        source.mkdir()
+        write_file(source / "f", SPAN_BYTES)
+        for _ in range(rounds):
+            with mounts.floor(work) as mounted:
+                rows["floor"].append(hit_round(mounted))
+            with mounts.cachefs(work, source, "--cache-size", "256M") as mounted:
+                read_through(mounted.path / "f")
+                rows["cachefs"].append(hit_round(mounted))
+                figures = mounted.statistics()["cache"]
+                assert figures["page_misses"] + figures["evictions"]["capacity"] <= SPAN_BYTES // 4096, "not all hits"
+    result = {}
+    for i, (case, *_) in enumerate(HIT_CASES):
+        wall = {name: statistics.median(row[i][0] for row in table) for name, table in rows.items()}
+        cpu = {name: statistics.median(row[i][1] for row in table) for name, table in rows.items()}
+        wall_ratio = statistics.median(a[i][0] / b[i][0] for a, b in zip(rows["cachefs"], rows["floor"], strict=True))
+        cpu_ratio = statistics.median(a[i][1] / b[i][1] for a, b in zip(rows["cachefs"], rows["floor"], strict=True))
+        result[case] = {"wall_us": wall, "cpu_us": cpu, "wall_ratio": wall_ratio, "cpu_ratio": cpu_ratio}
+        print(
+            f"  {case:6s} floor {wall['floor']:7.1f} / {cpu['floor']:7.1f}   cachefs {wall['cachefs']:7.1f} / {cpu['cachefs']:7.1f}"
+            f"   CPU x {cpu_ratio:.2f}   throughput x {1 / wall_ratio:.2f}", flush=True,
+        )  # fmt: skip
+    return result
+
+
+# --- cold reads
+
+
+def bench_cold(rounds: int) -> dict:
+    """Cold reads through 10 ms and 200 MB/s: sequential at least 150 MB/s; a random 4 KiB read fetches at most 16 KiB."""
+    nbytes, rates, fetched = 256 * MIB, [], []
+    slow = ("--simulate-latency", "10ms", "--simulate-bandwidth", "200M", "--cache-size", "512M")
+    with mounts.scratch() as work:
+        source = work / "source"
+        source.mkdir()
+        write_file(source / "f", nbytes)
+        for i in range(min(rounds, 3)):
+            with mounts.cachefs(work, source, *slow) as mounted:
+                start = time.perf_counter()
+                read_through(mounted.path / "f")
+                rates.append(nbytes / (time.perf_counter() - start) / 1e6)
+            with mounts.cachefs(work, source, *slow) as mounted:
+                rng, fd = random.Random(i), os.open(mounted.path / "f", os.O_RDONLY)
+                pages = rng.sample(range(1, nbytes // 4096), 100)
+                for page in pages:
+                    os.pread(fd, 4096, page * 4096)
+                os.close(fd)
+                fetched.append(mounted.statistics()["backing"]["read_bytes"] / len(pages))
+    result = {"sequential_mb_per_second": statistics.median(rates), "random_read_fetches_bytes": statistics.median(fetched)}
+    print(f"  sequential, 128 KiB reads: {result['sequential_mb_per_second']:.0f} MB/s of 200 ({min(rates):.0f}-{max(rates):.0f})")
+    print(f"  random 4 KiB reads fetch {result['random_read_fetches_bytes']:.0f} bytes each", flush=True)
+    return result
+
+
+# --- writing, and memory
+
+
+def write_and_sync(path: Path, nbytes: int) -> tuple[float, float]:
+    """(seconds in all with a final fsync, longest single write)."""
+    block, longest = os.urandom(MIB), 0.0
+    start = time.perf_counter()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for _ in range(nbytes // MIB):
+        before = time.perf_counter()
+        os.write(fd, block)
+        longest = max(longest, time.perf_counter() - before)
+    os.fsync(fd)
+    os.close(fd)
+    return time.perf_counter() - start, longest
+
+
+class Watch:
+    """Samples of a mount every 100 ms: most dirty bytes, most memory."""
+
+    def __init__(self, mounted: Mounted) -> None:
+        self.mounted, self.dirty_bytes, self.rss_bytes = mounted, 0, 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        from cachefs import control
+        from cachefs.state import find_daemon
+
+        os.environ["CACHEFS_RUNTIME_DIR"] = self.mounted.environment["CACHEFS_RUNTIME_DIR"]
+        record = find_daemon(str(self.mounted.path))
+        while not self._stop.wait(0.1):
+            for reply in control.request(record.socket, {"command": "status"}, 30.0, None):
+                self.dirty_bytes = max(self.dirty_bytes, reply["statistics"]["writeback"]["dirty_bytes"])
+            self.rss_bytes = max(self.rss_bytes, self.mounted.rss_bytes())
+
+
+def bench_write(rounds: int) -> dict:
+    """2 GiB written with --cache-size 256M --dirty-limit 64M, against the directory itself, both with a final fsync."""
+    nbytes, rows = 2048 * MIB, []
+    with mounts.scratch() as work:
+        source = work / "source"
+        source.mkdir()
+        for i in range(min(rounds, 3)):
+            bare = lambda: write_and_sync(source / "bare", nbytes)[0]  # noqa: E731
+            bare_first = bare() if i % 2 == 0 else None  # in turn, so that neither always finds the disk busy
+            with mounts.cachefs(work, source, "--cache-size", "256M", "--dirty-limit", "64M") as mounted, Watch(mounted) as watch:
+                ours, longest = write_and_sync(mounted.path / "ours", nbytes)
+            theirs = bare_first if bare_first is not None else bare()
+            rows.append((theirs / ours, nbytes / ours / 1e6, nbytes / theirs / 1e6, longest, watch.dirty_bytes, watch.rss_bytes))
+            for name in ("bare", "ours"):
+                (source / name).unlink()
+    result = {
+        "throughput_ratio": statistics.median(row[0] for row in rows),
+        "mb_per_second": statistics.median(row[1] for row in rows),
+        "bare_mb_per_second": statistics.median(row[2] for row in rows),
+        "longest_write_seconds": max(row[3] for row in rows),
+        "most_dirty_bytes": max(row[4] for row in rows),
+        "most_rss_bytes": max(row[5] for row in rows),
+    }
+    print(
+        f"  {result['mb_per_second']:.0f} MB/s, the directory itself {result['bare_mb_per_second']:.0f}: x {result['throughput_ratio']:.2f}"
+        f" ({', '.join(f'{row[0]:.2f}' for row in rows)})\n  longest write {result['longest_write_seconds']:.3f} s, most dirty"
+        f" {result['most_dirty_bytes'] / MIB:.1f} MiB of 64, RSS {result['most_rss_bytes'] / MIB:.0f} MiB of 256", flush=True,
+    )  # fmt: skip
+    return result
+
+
+def bench_memory(rounds: int) -> dict:
+    """Memory after 2 million random 4 KiB reads over 4 GiB, with --cache-size 256M."""
+    nbytes, count = 4096 * MIB, 2_000_000
+    with mounts.scratch() as work:
+        source = work / "source"
+        source.mkdir()
+        with open(source / "f", "wb") as file:
+            file.truncate(nbytes)
+        with mounts.cachefs(work, source, "--cache-size", "256M") as mounted:
+            rng, fd = random.Random(1), os.open(mounted.path / "f", os.O_RDONLY)
+            start = time.perf_counter()
+            for _ in range(count):
+                os.pread(fd, 4096, rng.randrange(nbytes // 4096) * 4096)
+            seconds = time.perf_counter() - start
+            os.close(fd)
+            result = {"rss_bytes": mounted.rss_bytes(), "us_per_read": seconds / count * 1e6}
+    print(f"  RSS {result['rss_bytes'] / MIB:.0f} MiB of 256, {result['us_per_read']:.0f} us a read", flush=True)
+    return result
+
+
+CASES: dict[str, Callable[[int], dict]] = {
+    "hits": bench_hits, "cold": bench_cold, "write": bench_write, "memory": bench_memory,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main())
