@@ -18,6 +18,11 @@ from pathlib import Path
 import mounts
 from mounts import Mounted
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cachefs import control
+from cachefs.state import find_daemon
+
 KIB, MIB = 1 << 10, 1 << 20
 HIT_CASES = (("4k x1", 4 * KIB, 20000, 1), ("4k x4", 4 * KIB, 20000, 4), ("128k", 128 * KIB, 4000, 1), ("1M", MIB, 600, 1))
 SPAN_BYTES = 100 * MIB  # of the file that hits fall in
@@ -180,9 +185,6 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        from cachefs import control
-        from cachefs.state import find_daemon
-
         os.environ["CACHEFS_RUNTIME_DIR"] = self.mounted.environment["CACHEFS_RUNTIME_DIR"]
         record = find_daemon(str(self.mounted.path))
         while not self._stop.wait(0.1):

@@ -114,7 +114,7 @@ class FileSystem:
         async with inode.lock:
             if changes.size is not None:
                 await self.files.truncate_locked(inode, changes.size)
-            if changes.uid is not None or changes.gid is not None:
+            if changes.uid is not None or changes.gid is not None or changes == Changes():  # chown(-1, -1) is one, too
                 owner, group = (-1 if number is None else number for number in (changes.uid, changes.gid))
                 await self._change(inode, "chown", self.backing.chown, owner, group)
             if changes.mode is not None:

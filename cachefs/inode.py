@@ -154,8 +154,9 @@ class InodeTable:
         """
         dropped = []
         while inode is not self.root and not inode.in_use and not (inode.file and inode.file.resident_pages):
-            if self._by_node.pop(inode.node, None) is None:
+            if self._by_node.get(inode.node) is not inode:  # dropped before; the number may be another file's by now
                 break
+            del self._by_node[inode.node]
             if self._by_key.get(inode.key) is inode:
                 del self._by_key[inode.key]
             dropped.append(inode)

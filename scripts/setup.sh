@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 purpose=${1:-run}
 run_packages=(fuse3 libfuse3-dev pkg-config gcc libc6-dev)
 demo_packages=(git sqlite3)
-test_packages=("${demo_packages[@]}" make gcc libc6-dev rsync fio stress-ng prometheus systemd attr acl strace libaio-dev)
+test_packages=("${demo_packages[@]}" make rsync fio stress-ng prometheus systemd attr acl strace libaio-dev)
 case $purpose in
     run | lint) debian=("${run_packages[@]}") ;;
     demo) debian=("${run_packages[@]}" "${demo_packages[@]}") ;;
@@ -56,8 +56,7 @@ missing_python_packages() {
     name=$(basename "$(readlink -f "$python")")
     [ "$python" != /usr/bin/python3 ] || name=python3
     "$python" -c 'import ensurepip, venv' 2>/dev/null || echo "$name-venv"
-    "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
-        echo "$name-dev"
+    test -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || echo "$name-dev"
 }
 
 as_root() {
@@ -117,7 +116,8 @@ has() {
 
 # Both variables hold back pip's build environments; which one it reads depends on its version.
 pip_install() {
-    PIP_CONSTRAINT=requirements-build.lock PIP_BUILD_CONSTRAINT=requirements-build.lock PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    local pins=requirements-build.lock
+    PIP_CONSTRAINT=$pins PIP_BUILD_CONSTRAINT=$pins PIP_DISABLE_PIP_VERSION_CHECK=1 \
         .venv/bin/python -m pip install -qq "$@" || die "pip failed at: $*"
 }
 
