@@ -167,6 +167,7 @@ class _Connection:
         self._client = client
         self._buffer = bytearray()
         self._broken = False
+        self._sending = trio.Lock()
         self.answered = True  # the last message of the current request has been sent
 
     async def receive_line(self) -> bytes | None:
@@ -194,15 +195,18 @@ class _Connection:
 
     async def send(self, message: Mapping[str, object]) -> None:
         self.answered = self.answered or bool(message.get("done"))
-        if self._broken:
-            await trio.lowlevel.checkpoint()
-            return
-        self._broken = True  # until all is sent: half a line can't be mended
-        remaining = memoryview(encode(message))
-        with contextlib.suppress(OSError), trio.move_on_after(IDLE_SECONDS):
-            while remaining:
-                remaining = remaining[await self._client.send(remaining) :]
-            self._broken = False
+        line = memoryview(encode(message))
+        async with self._sending:  # a handler may report progress from one task and answer from another
+            remaining = line
+            try:
+                with trio.move_on_after(IDLE_SECONDS) as patience:
+                    while remaining and not self._broken:
+                        remaining = remaining[await self._client.send(remaining) :]
+                self._broken |= patience.cancelled_caught
+            except OSError:
+                self._broken = True
+            finally:
+                self._broken |= 0 < len(remaining) < len(line)  # half a line can't be mended
 
 
 # --- client, in the command line

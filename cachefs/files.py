@@ -26,6 +26,7 @@ from cachefs.writeback import Writeback
 CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of file times, so that ours and the backing's do not cross
 EXTEND_AT_ONCE_BYTES = 1 << 40  # a write that ends beyond this finds out now whether the backing can hold such a file
 DIRTY_CLOSED_MAX = 2048  # files closed but not written out yet; each keeps a descriptor
+STAT_TRIES = 3
 SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
@@ -72,15 +73,20 @@ class Files:
 
     # --- attributes --------------------------------------------------------------------------------------------------
 
-    def absorb(self, inode: Inode, st: os.stat_result) -> None:
+    def absorb(self, inode: Inode, st: os.stat_result, fresh: bool = False) -> None:
         """Takes in attributes just read from the backing. If somebody else changed the file, its clean pages leave.
 
         While anything of ours is unwritten, size and times are ours to tell and a change cannot be told from our own.
+        Unless they are known to be `fresh`, we may have changed the file since they were read.
         """
+        file = inode.file
+        if not fresh and self._may_be_stale(inode, st):
+            return
+        if file is not None and file.writeback_pages:
+            return  # the times may be those of our own write, before it has restored them
         inode.st = st
         inode.checked_at = trio.current_time()
-        file = inode.file
-        if file is None or file.unwritten or inode.lock.locked():
+        if file is None or file.unwritten or inode.locked:
             return
         signature = signature_of(st)
         if signature != inode.signature:
@@ -88,6 +94,13 @@ class Files:
             self.cache.invalidate(file)
             self.cache.truncate(file, st.st_size)
             self.changed(inode)
+
+    def _may_be_stale(self, inode: Inode, st: os.stat_result) -> bool:
+        """Whether what we know is as new as `st`, read in a thread that may have been overtaken by a change of our own."""
+        if not self.io.backing.blocking or inode.file is None:
+            return False
+        known_ns = max(inode.st.st_ctime_ns, inode.signature[2])
+        return st.st_ctime_ns < known_ns or (st.st_ctime_ns == known_ns and signature_of(st) != inode.signature)
 
     def adopt(self, inode: Inode, st: os.stat_result) -> None:
         """Takes in attributes after a change of our own."""
@@ -97,12 +110,12 @@ class Files:
         inode.signature = signature_of(st)
 
     async def refresh(self, inode: Inode) -> None:
-        """Reads the attributes, again if we changed the file meanwhile."""
-        while True:
+        """Reads the attributes, again if we changed the file meanwhile. What we change all the time, we know well enough."""
+        for _ in range(STAT_TRIES):
             epoch = inode.epoch
             st = await self._stat(inode)
             if epoch == inode.epoch:
-                return self.absorb(inode, st)
+                return self.absorb(inode, st, fresh=True)
 
     async def readopt(self, inode: Inode) -> None:
         """Reads the attributes after a change of our own."""
@@ -176,8 +189,10 @@ class Files:
         if inode.unlinked and inode.file is not None:
             self.cache.discard(inode.file)
         self.data.settle(inode)
-        if inode.unwritten and len(self.writeback.dirty) > DIRTY_CLOSED_MAX + len(self.handles):
-            await self._write_out(next(iter(self.writeback.dirty)))
+        if inode.unwritten and (closed := len(self.writeback.dirty) - len(self.handles)) > DIRTY_CLOSED_MAX // 2:
+            self.writeback.write_soon()  # side by side, while programs go on
+            if closed > DIRTY_CLOSED_MAX:
+                await self._write_out(next(iter(self.writeback.dirty)))
 
     async def _write_out(self, inode: Inode) -> None:
         """Flushes; what goes wrong is remembered on the inode, for each handle to report."""
@@ -234,17 +249,18 @@ class Files:
             await self.writeback.throttle(len(data))
         now = now_ns()
         inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
-        try:
-            await self.filler.write(file, offset, data)
-        finally:
+
+        def dirtied() -> None:
             inode.epoch += 1
-            if file.unwritten:
-                self.writeback.note(inode)
+            self.writeback.note(inode)
+
+        await self.filler.write(file, offset, data, dirtied)
         return len(data)
 
     async def _extend(self, inode: Inode, size: int) -> None:
         async with inode.lock:
-            await self._truncate_backing(inode, size)
+            if size > inode.st.st_size:  # else somebody has gone further while we waited
+                await self._truncate_backing(inode, max(size, inode.file.size if inode.file else 0))
 
     async def truncate(self, inode: Inode, size: int, uid: int) -> None:
         async with inode.lock:
@@ -256,16 +272,21 @@ class Files:
         """Cuts or grows the file, the backing's at once. Under `inode.lock`, so nothing of it is in writeback."""
         await self._truncate_backing(inode, size)
         if inode.file is not None:
-            self.cache.truncate(inode.file, size)
             inode.mtime_ns = inode.st.st_mtime_ns
             inode.ctime_shown = (inode.ctime_shown[0], inode.st.st_ctime_ns)
 
     async def _truncate_backing(self, inode: Inode, size: int) -> None:
         backing = self.io.backing
-        if inode.writer >= 0:
-            await self.io.call("truncate", backing.truncate, inode.writer, size)
-        else:
-            await self.descriptors.at("truncate", inode, backing.truncate, size)
+        inode.busy += 1
+        try:
+            if inode.writer >= 0:
+                await self.io.call("truncate", backing.truncate, inode.writer, size)
+            else:
+                await self.descriptors.at("truncate", inode, backing.truncate, size)
+        finally:
+            inode.busy -= 1
+        if inode.file is not None:  # at once: the backing has it, whatever becomes of the look at its attributes
+            self.cache.truncate(inode.file, size)
         await self.readopt(inode)
 
     async def kill_set_id(self, inode: Inode) -> None:
@@ -290,3 +311,4 @@ class Files:
             await self.io.in_thread("fsync", self.io.backing.fsync, fd, datasync)
         finally:
             inode.busy -= 1
+            self.data.settle(inode)

@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import trio
 
@@ -60,6 +61,7 @@ class FileSystem:
         self.writeback = writeback
         self.directories: dict[int, DirectoryHandle] = {}
         self._last_directory = 0
+        self._idle: dict[Inode, None] = {}  # inodes that nobody uses but that have cached pages, in the order of the last look
         self._user = (os.geteuid(), os.getegid())
 
     # --- finding -------------------------------------------------------------------------------------------------------
@@ -99,10 +101,18 @@ class FileSystem:
         if inode.in_use:
             return
         self.files.data.settle(inode)
-        for gone in self.table.drop(inode):
+        dropped = self.table.drop(inode)
+        for gone in dropped:
             self.descriptors.close(gone)
-        if not inode.lookups and not inode.names:
-            self.descriptors.close(inode)
+            self._idle.pop(gone, None)
+        if not dropped and inode.file is not None and inode.file.resident_pages:
+            self._idle[inode] = None
+
+    def sweep(self, most: int) -> None:
+        """Looks again at up to `most` inodes that only their cached pages kept, the longest idle first."""
+        for inode in list(islice(self._idle, most)):
+            del self._idle[inode]
+            self.drop(inode)
 
     # --- attributes ----------------------------------------------------------------------------------------------------
 

@@ -33,8 +33,8 @@ class Inode:
     """
 
     __slots__ = (
-        "busy", "checked_at", "children", "ctime_shown", "epoch", "error_count", "error_errno", "fd", "fd_busy", "file",
-        "handle", "key", "lock", "lookups", "mtime_ns", "names", "node", "opens", "reader", "retry_at",
+        "_lock", "busy", "checked_at", "children", "ctime_shown", "epoch", "error_count", "error_errno", "fd", "fd_busy", "file",
+        "handle", "key", "lookups", "mtime_ns", "names", "node", "opens", "reader", "retry_at",
         "retry_seconds", "signature", "st", "unlinked", "writer",
     )  # fmt: skip
 
@@ -58,8 +58,19 @@ class Inode:
         self.error_count = 0  # failures of writeback; a handle that has seen fewer reports `error_errno`
         self.error_errno = 0
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
-        self.lock = trio.Lock()  # held by truncate, writeback and whatever sets times or mode: one at a time
+        self._lock: trio.Lock | None = None
         self.unlinked = False  # its last name is gone
+
+    @property
+    def lock(self) -> trio.Lock:
+        """Held by truncate, writeback and whatever sets times or mode: one at a time. Most inodes never need one."""
+        if self._lock is None:
+            self._lock = trio.Lock()
+        return self._lock
+
+    @property
+    def locked(self) -> bool:
+        return self._lock is not None and self._lock.locked()
 
     @property
     def unwritten(self) -> bool:
@@ -82,9 +93,10 @@ class Inode:
         st, file = self.st, self.file
         if file is None:
             return Attributes(st, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
-        if file.unwritten:
-            return Attributes(st, file.size, self.mtime_ns, max(self.ctime_shown[1], st.st_ctime_ns))
         theirs, shown = self.ctime_shown
+        if file.unwritten:
+            ctime_ns = shown if theirs == st.st_ctime_ns else max(shown, st.st_ctime_ns)
+            return Attributes(st, file.size, self.mtime_ns, ctime_ns)
         return Attributes(st, file.size, st.st_mtime_ns, shown if theirs == st.st_ctime_ns else st.st_ctime_ns)
 
 

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 LAST_TRIES = 5  # at the end, for files whose writeback fails
 LAST_TRY_PAUSE_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for programs that still have files open when SIGTERM came
-SWEEP_SECONDS = 5.0
+SWEEP_SECONDS, SWEEP_INODES = 1.0, 1000  # ~1 ms of every second
 PROGRESS_SECONDS = 0.1
 DISTANT = frozenset(("nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "afs", "fuse.sshfs", "fuse.rclone", "glusterfs", "lustre"))
 
@@ -123,6 +123,8 @@ class Mount:
         self.exit_status = 0
         self.metrics: MetricsServer | None = None
         self.kernel_cache = config.kernel_cache  # the mode in effect
+        self._device: str | None = None  # of the mount, in mountinfo; None before there is one
+        self._serving = trio.Event()
         self._unmounted = trio.Event()
         self._finished = trio.Event()
         self._answering = 0  # umount commands that wait for the end
@@ -157,8 +159,9 @@ class Mount:
     async def run(self, ready: Callable[[Mapping[str, object]], None]) -> int:
         async with trio.open_nursery() as nursery:
             self._build(nursery)
-            await self._connect(nursery)
+            await nursery.start(self._watch_signals)
             try:
+                self._connect(nursery)
                 await self._start_services(nursery)
                 await trio.to_thread.run_sync(os.stat, self.config.mountpoint)
                 if self.kernel_cache != "off":
@@ -167,17 +170,21 @@ class Mount:
                     )
                 ready({"metrics": self.metrics.url if self.metrics else None})
                 log.info("serving %s on %s", self.config.source, self.config.mountpoint)
+                self._serving.set()
             except BaseException:
-                await self._unmount(lazy=True)
+                with trio.CancelScope(shield=True):
+                    await self._unmount(lazy=True)
                 raise
             await self._unmounted.wait()
             await self._finish()
             nursery.cancel_scope.cancel()
         return self.exit_status
 
-    async def _connect(self, nursery: trio.Nursery) -> None:
+    def _connect(self, nursery: trio.Nursery) -> None:
         """Mounts and begins to answer."""
         connection = negotiate.connect(self.config)
+        mount = mountinfo.top_mount(self.config.mountpoint)
+        self._device = mount.device if mount is not None else None
         if self.kernel_cache == "off" and not connection.direct_mmap:
             log.warning("this kernel cannot map files of a mount that sees every read: using --kernel-cache open")
             self.kernel_cache = "open"
@@ -191,13 +198,15 @@ class Mount:
     async def _serve_fuse(self) -> None:
         try:
             await pyfuse3.main()
+        except Exception:
+            log.critical("no more requests can be served", exc_info=True)  # what was acknowledged is still written out
+            self.exit_status = 1
         finally:
             self._unmounted.set()
 
     async def _start_services(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self.writeback.run)
         nursery.start_soon(self._sweep)
-        nursery.start_soon(self._watch_signals)
         handlers = {"status": self._on_status, "umount": self._on_umount, "sync": self._on_sync}
         await nursery.start(control.serve, self.state.socket_path, handlers)
         if self.config.metrics_host is not None:
@@ -211,8 +220,7 @@ class Mount:
         """Now and then lets go of inodes that only their cached pages kept."""
         while True:
             await trio.sleep(SWEEP_SECONDS)
-            for inode in [inode for inode in self.table if not inode.in_use]:
-                self.fs.drop(inode)
+            self.fs.sweep(SWEEP_INODES)
 
     def _settled(self, inode: Inode) -> None:
         self.files.data.settle(inode)
@@ -229,13 +237,15 @@ class Mount:
 
     # --- stopping ------------------------------------------------------------------------------------------------------
 
-    async def _watch_signals(self) -> None:
+    async def _watch_signals(self, task_status: trio.TaskStatus[None]) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            task_status.started()
             async for _ in signals:
                 self.nursery.start_soon(self._stop)
 
     async def _stop(self) -> None:
         """SIGTERM: write out while programs go on, take the mount away, give them a little time to close."""
+        await self._serving.wait()
         if self.stopping:
             return
         self._mark_stopping()
@@ -244,7 +254,12 @@ class Mount:
             await self._unmount(lazy=False)
         except OSError as error:
             log.warning("%s is in use (%s): taken away under its users", self.config.mountpoint, error.strerror)
-            await self._unmount(lazy=True)
+            with contextlib.suppress(OSError):
+                await self._unmount(lazy=True)
+        with trio.move_on_after(GRACE_SECONDS):
+            await self._unmounted.wait()
+        if not self._unmounted.is_set():
+            pyfuse3.terminate()  # else what is acknowledged from now on would miss the last writeback
             with trio.move_on_after(GRACE_SECONDS):
                 await self._unmounted.wait()
             self._unmounted.set()
@@ -255,6 +270,10 @@ class Mount:
             daemon.stopping(self.state)
 
     async def _unmount(self, lazy: bool) -> None:
+        """Takes the mount away unless that has been done already; another one in its place is let be."""
+        mount = mountinfo.top_mount(self.config.mountpoint)
+        if mount is None or mount.device != self._device:
+            return
         try:
             await trio.to_thread.run_sync(negotiate.unmount, self.config.mountpoint, lazy)
         except OSError as error:
@@ -264,6 +283,8 @@ class Mount:
     async def _finish(self) -> None:
         """No request can come any more: writes what is left, and says what cannot be written."""
         self._mark_stopping()
+        with contextlib.suppress(OSError):
+            await self._unmount(lazy=True)  # still there, and dead, if the kernel was told to abort the connection
         for attempt in range(LAST_TRIES):
             if attempt:
                 await trio.sleep(LAST_TRY_PAUSE_SECONDS)
@@ -273,7 +294,7 @@ class Mount:
         self.failed = self._unwritten()
         for piece in self.failed:
             log.error("not written: %s", json.dumps(piece))
-        self.exit_status = 1 if self.failed else 0
+            self.exit_status = 1
         pyfuse3.close(unmount=False)
         if self.metrics is not None:
             self.metrics.close()
@@ -317,8 +338,15 @@ class Mount:
         )
 
     async def _on_sync(self, request: Mapping[str, object], send: control.Send) -> None:
+        failed: list[Inode] = []
+        problem: OSError | None = None
         async with self._progress_to(send):
-            failed = await self.fs.sync()
+            try:
+                failed = await self.fs.sync()
+            except OSError as error:
+                problem = error
+        if problem is not None:
+            raise CachefsError(f"{self.config.source} can't be made durable: {problem.strerror}")
         await send({"done": True, "unwritten": self._unwritten() if failed else []})
 
     async def _on_umount(self, request: Mapping[str, object], send: control.Send) -> None:

@@ -22,6 +22,7 @@ class Mount:
     mountpoint: str
     fstype: str
     source: str
+    device: str  # major:minor, st_dev of what is in it
 
 
 def parse(text: bytes) -> list[Mount]:
@@ -31,7 +32,7 @@ def parse(text: bytes) -> list[Mount]:
         before, separator, after = line.partition(b" - ")
         fields, rest = before.split(b" "), after.split(b" ")
         if separator and len(fields) >= 5 and len(rest) >= 2:
-            mounts.append(Mount(_unescape(fields[4]), _unescape(rest[0]), _unescape(rest[1])))
+            mounts.append(Mount(_unescape(fields[4]), _unescape(rest[0]), _unescape(rest[1]), os.fsdecode(fields[2])))
     return mounts
 
 

@@ -10,6 +10,7 @@ from cachefs.errors import CachefsError
 
 FUSE_DEVICE = "/dev/fuse"
 FUSE_CONF = "/etc/fuse.conf"
+AUTOMOUNT = "autofs"  # what waits there to be mounted over
 
 
 def check_paths(config: Config) -> None:
@@ -54,6 +55,7 @@ def check_mountpoint(config: Config) -> None:
     mountinfo.release_if_dead(mountpoint)
     if mountinfo.is_cachefs(mountpoint):
         raise CachefsError(f"MOUNTPOINT {mountpoint} is already a cachefs: first run cachefs umount {mountpoint}")
+    _check_not_mounted(mountpoint)
     try:
         mode = os.stat(mountpoint).st_mode
     except FileNotFoundError:
@@ -64,6 +66,13 @@ def check_mountpoint(config: Config) -> None:
         raise CachefsError(f"MOUNTPOINT {mountpoint} is not a directory: give an empty directory")
     if os.geteuid() != 0 and not os.access(mountpoint, os.W_OK):  # fusermount3 asks this of users
         raise CachefsError(f"MOUNTPOINT {mountpoint} is not writable for you: choose a directory of your own")
+
+
+def _check_not_mounted(mountpoint: str) -> None:
+    mount = mountinfo.top_mount(mountpoint)
+    if mount is not None and mount.fstype != AUTOMOUNT:
+        what = f"MOUNTPOINT {mountpoint} has a {mount.fstype} mounted on it"
+        raise CachefsError(f"{what}: choose another directory, or first run umount {mountpoint}")
 
 
 def check_fuse(config: Config) -> None:

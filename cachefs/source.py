@@ -130,9 +130,9 @@ class FileSource:
         finally:
             inode.busy -= 1
         if st is not None:
+            inode.ctime_shown = (st.st_ctime_ns, inode.attributes().ctime_ns)  # what was shown goes on being shown
             inode.st = st
             inode.signature = signature_of(st)
-            inode.ctime_shown = (st.st_ctime_ns, inode.ctime_shown[1])
             inode.epoch += 1
         return done, error
 

@@ -166,9 +166,9 @@ def daemons() -> list[DaemonRecord]:
 
 
 def find_daemon(path: str) -> DaemonRecord | None:
-    """The live daemon whose mountpoint, or else whose source, this path is."""
+    """The live daemon whose mountpoint, or else whose source, this path is; one that serves before one that is ending."""
     real = os.path.realpath(path)
-    live = daemons()
+    live = sorted(daemons(), key=lambda record: record.phase == STOPPING)
     for record in live:
         if record.mountpoint == real:
             return record

@@ -14,6 +14,7 @@ import errno
 import logging
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 
@@ -55,7 +56,7 @@ class Writeback:
         self.expire_seconds = expire_seconds
         self.interval_seconds = interval_seconds
         self.settled = settled
-        self.dirty: dict[Inode, None] = {}  # inodes with unwritten data, first dirtied first
+        self.dirty: dict[Inode, int] = {}  # {inode with unwritten data: page where its next batch begins}
         self.written_bytes = 0
         self.errors: Counter[str] = Counter()  # {errno name: batches that failed}
         self.throttle_seconds = 0.0
@@ -63,7 +64,6 @@ class Writeback:
         self._under_way = 0
         self._write_soon = False  # somebody waits for room: thresholds and ages do not matter
         self._wake = trio.Event()
-        self._progress = trio.lowlevel.ParkingLot()  # woken after every batch
         cache.dirty_limit_pages = self.limit_pages
 
     # --- writers ---------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class Writeback:
 
     def note(self, inode: Inode) -> None:
         """To be called after every write to the file."""
-        self.dirty.setdefault(inode)
+        self.dirty.setdefault(inode, 0)
         if self.cache.dirty_pages > self.background_pages:
             self.kick()
 
@@ -82,22 +82,25 @@ class Writeback:
         self._wake.set()
 
     def must_throttle(self, nbytes: int) -> bool:
-        return self.unwritten_pages + (nbytes >> PAGE_SHIFT) > (self.background_pages + self.limit_pages) // 2
+        return self._level_after(nbytes) > (self.background_pages + self.limit_pages) // 2
+
+    def _level_after(self, nbytes: int) -> int:
+        """Unwritten pages once `nbytes` more are written; of long writes the first piece counts, see `Filler.write`."""
+        return self.unwritten_pages + min(nbytes >> PAGE_SHIFT, self.limit_pages // 4)
 
     async def throttle(self, nbytes: int) -> None:
         """Holds a writer of `nbytes` back in proportion to how near the limit is; raises what stops writeback for good."""
         start = self.cache.clock()
         free = (self.background_pages + self.limit_pages) // 2
         self.kick()
-        level = self.unwritten_pages + (nbytes >> PAGE_SHIFT)
+        level = self._level_after(nbytes)
         if self._speed and free < level <= self.limit_pages:
             # Twice the backing's speed just above `free`, falling to nothing at the limit.
             rate = 2 * self._speed * (self.limit_pages - level + 1) / (self.limit_pages - free + 1)
             await trio.sleep(min(nbytes / rate, PAUSE_MOST_SECONDS))
-        while self.unwritten_pages + (nbytes >> PAGE_SHIFT) > self.limit_pages:
-            self.check_stuck()
-            self.kick()
-            await self._progress.park()
+        while self._level_after(nbytes) > self.limit_pages:
+            self.need_room()
+            await self.cache.room.park()
         self.throttle_seconds += self.cache.clock() - start
 
     def check_stuck(self) -> None:
@@ -111,6 +114,10 @@ class Writeback:
     def need_room(self) -> None:
         """Somebody waits for pages that are dirty: write, whatever the thresholds say."""
         self.check_stuck()
+        self.write_soon()
+
+    def write_soon(self) -> None:
+        """Everything dirty is to be written now, in the background."""
         self._write_soon = True
         self.kick()
 
@@ -128,31 +135,34 @@ class Writeback:
                     nursery.start_soon(self._write_one, inode)
 
     def _due(self, most: int) -> list[Inode]:
-        """The files to write next. `dirty` is in the order of age, so that the first one too young ends the search."""
+        """The files to write next, those whose turn was longest ago first."""
         now = self.cache.clock()
         everything = self._write_soon or self.cache.dirty_pages > self.background_pages
         due: list[Inode] = []
+        passed_by = False
         for inode in list(self.dirty):
             if len(due) >= most:
                 break
             file = inode.file
             if file is None or not file.unwritten:
                 self._clean(inode)
-            elif file.dirty_pages and now >= inode.retry_at and not inode.lock.locked():
-                if not everything and now - file.dirty_since < self.expire_seconds:
-                    break
+            elif inode.locked:
+                passed_by = True
+            elif not file.dirty_pages or now < inode.retry_at:
+                continue
+            elif everything or now - file.dirty_since >= self.expire_seconds:
                 due.append(inode)
         else:
-            self._write_soon = False
+            self._write_soon = self._write_soon and passed_by
         return due
 
     async def _write_one(self, inode: Inode) -> None:
         try:
             async with inode.lock:
-                await self.write_batch(inode)
+                await self.write_batch(inode, self.dirty.get(inode, 0))
         finally:
             self._under_way -= 1
-            self._progress.unpark_all()
+            self.cache.room.unpark_all()
             if self.dirty:
                 self.kick()
 
@@ -164,17 +174,19 @@ class Writeback:
             await self.flush_locked(inode)
 
     async def flush_locked(self, inode: Inode) -> None:
-        """The same by a caller that holds `inode.lock`. Pages dirtied meanwhile may stay: it ends on a file in heavy use."""
+        """The same by a caller that holds `inode.lock`.
+
+        One sweep from the first page to what is the last one now: it meets everything that is dirty now, and ends on a
+        file in heavy use. Pages dirtied behind it, and behind the end, may stay.
+        """
         file = inode.file
         if file is None:
             return
-        left = file.dirty_pages
-        while left > 0 and file.dirty_pages:
-            before = self.written_bytes
-            error = await self.write_batch(inode)
+        page, end_page = 0, file.end_page
+        while page < end_page and file.dirty_pages:
+            page, error = await self.write_batch(inode, page)
             if error is not None:
                 raise error
-            left -= max(1, (self.written_bytes - before) >> PAGE_SHIFT)
         if not file.unwritten:
             self._clean(inode)
 
@@ -196,12 +208,18 @@ class Writeback:
                 nursery.start_soon(worker)
         return failed
 
-    async def write_batch(self, inode: Inode) -> OSError | None:
-        """Writes the next extents of a file, under `inode.lock`. Failures are noted on the inode and returned."""
+    async def write_batch(self, inode: Inode, from_page: int) -> tuple[int, OSError | None]:
+        """Writes the next extents of a file behind `from_page`, under `inode.lock`.
+
+        Returns the page where it ended, and what went wrong, which is noted on the inode too.
+        """
         file = inode.file
-        if file is None or not file.dirty_pages:
-            return None
-        batch = self.take_batch(file)
+        batch = self.take_batch(file, from_page) if file is not None else []
+        if file is None or not batch:
+            self._go_on_from(inode, 0)
+            return sys.maxsize, None
+        last_group, last_mask = batch[-1][2][-1]
+        end_page = (last_group.index << GROUP_SHIFT) + last_mask.bit_length()
         since = file.groups[batch[0][2][0][0].index].dirty_since
         start = self.cache.clock()
         done, error = 0, None
@@ -214,17 +232,23 @@ class Writeback:
             self._account(batch[:done], self.cache.clock() - start)
             if inode.unlinked and not inode.opens:
                 self.cache.discard(file)
+            self._go_on_from(inode, end_page)
             self._note_result(inode, error)
-            self._progress.unpark_all()
-        return error
+        return end_page, error
 
-    def take_batch(self, file: CachedFile) -> Batch:
+    def _go_on_from(self, inode: Inode, page: int) -> None:
+        """Where the next batch begins: were it always the first page, those behind a busy one would never be written."""
+        if inode in self.dirty:
+            self.dirty[inode] = page
+
+    def take_batch(self, file: CachedFile, from_page: int) -> Batch:
         """Makes the next dirty extents of `file` WRITEBACK, ascending; neighbours in the file are one extent."""
         batch: Batch = []
         size = 0
-        for index in sorted(file.dirty_groups):
+        for index in sorted(index for index in file.dirty_groups if index >= from_page >> GROUP_SHIFT):
             group = file.groups[index]
-            for first, count in runs(group.dirty):
+            skip = max(0, from_page - (index << GROUP_SHIFT))
+            for first, count in runs(group.dirty >> skip << skip):
                 offset = (index << GROUP_SHIFT | first) << PAGE_SHIFT
                 stop = min(offset + (count << PAGE_SHIFT), file.size)
                 start = group.base + (offset - index * GROUP_SIZE)
@@ -249,8 +273,8 @@ class Writeback:
             inode.retry_at = inode.retry_seconds = 0.0
             if not inode.unwritten:
                 self._clean(inode)
-            elif self.dirty.pop(inode, inode) is None:
-                self.dirty[inode] = None  # what is left is younger
+            elif inode in self.dirty:
+                self.dirty[inode] = self.dirty.pop(inode)  # now it is the others' turn
             return
         number = error.errno or errno.EIO
         name = errno.errorcode.get(number, str(number))
@@ -263,7 +287,7 @@ class Writeback:
         inode.retry_at = self.cache.clock() + inode.retry_seconds
 
     def _clean(self, inode: Inode) -> None:
-        if self.dirty.pop(inode, inode) is None:
+        if self.dirty.pop(inode, None) is not None:
             self.settled(inode)
 
     def statistics(self) -> WritebackStatistics:

@@ -13,7 +13,7 @@ Memory behind pages that left is kept for reuse (a first touch costs four times 
 import mmap
 from itertools import pairwise
 
-from cachefs.cache.page import GROUP_PAGES, PAGE_SIZE, SMALL_PAGES, Group, runs
+from cachefs.cache.page import GROUP_PAGES, GROUP_SIZE, PAGE_SIZE, SMALL_PAGES, Group, runs
 from cachefs.errors import CachefsError
 
 MAP_NORESERVE = 0x4000  # linux/mman.h; Python names it from 3.13 on
@@ -30,7 +30,7 @@ class Arena:
         self.physical_pages = 0
         self._map = _reserve(capacity_pages)
         self.view = memoryview(self._map)
-        half = len(self._map) // 2  # large slots grow from 0, small ones from the middle
+        half = len(self._map) // 2 // GROUP_SIZE * GROUP_SIZE  # large slots grow from 0, small ones from the middle
         self._large = _Slots(0, half, GROUP_PAGES)
         self._small = _Slots(half, len(self._map), SMALL_PAGES)
         self._holey: dict[Group, None] = {}  # groups with touched pages that are not resident, oldest first
@@ -54,23 +54,26 @@ class Arena:
             group.touched |= fresh
             self.physical_pages += fresh.bit_count()
             if self.physical_pages > self.capacity_pages + self.slack_pages:
-                self._give_back()
+                self._give_back(group, mask)
 
     def leave_holes(self, group: Group) -> None:
-        """Notes that pages of `group` left but their memory stays."""
+        """Notes that `group` has memory behind pages that are not resident."""
         self._holey[group] = None
 
     def zero(self, start: int, end: int) -> None:
         if end > start:
             self.view[start:end] = bytes(end - start)
 
-    def _give_back(self) -> None:
+    def _give_back(self, wanted_by: Group, wanted: int) -> None:
+        """Returns stale memory to the kernel, but for the pages `wanted`, about to be used."""
         limit = self.capacity_pages + self.slack_pages
         while self.physical_pages > limit:
             if self._holey:
                 group = next(iter(self._holey))
                 del self._holey[group]
                 stale = group.touched & ~group.resident
+                if group is wanted_by:
+                    stale &= ~wanted
                 group.touched &= ~stale
                 self._discard(group.base, stale)
             else:
@@ -87,6 +90,7 @@ class Arena:
         held = sum(group.touched.bit_count() for group in groups)
         warm = sum(mask.bit_count() for slots in (self._large, self._small) for mask in slots.warm.values())
         assert self.physical_pages == held + warm, (self.physical_pages, held, warm)
+        assert all(group in self._holey for group in groups if group.touched & ~group.resident), "holes nobody knows of"
         assert self.physical_pages <= self.capacity_pages + self.slack_pages
         taken = [(g.base, g.base + g.capacity * PAGE_SIZE) for g in groups]
         taken += [(b, b + s.pages * PAGE_SIZE) for s in (self._large, self._small) for b in (*s.warm, *s.cold)]

@@ -12,7 +12,7 @@ import trio
 
 from cachefs.cache.file import CachedFile
 from cachefs.cache.page import GROUP_PAGES, PAGE_SHIFT, PAGE_SIZE
-from cachefs.cache.pagecache import Busy, Fill, NoRoom, PageCache
+from cachefs.cache.pagecache import Busy, Fill, NoRoom, PageCache, TooDirty
 from cachefs.cache.readahead import Window
 
 TRIES = 4  # looks at the whole request before it is answered in pieces
@@ -141,37 +141,41 @@ class Filler:
 
     # --- writing -------------------------------------------------------------------------------------------------
 
-    async def write(self, file: CachedFile, offset: int, data: bytes | memoryview) -> None:
-        """Copies `data` into dirty pages; what must be read first is read. Long ones go in pieces."""
+    async def write(self, file: CachedFile, offset: int, data: bytes | memoryview, dirtied: Callable[[], None]) -> None:
+        """Copies `data` into dirty pages; what must be read first is read. Long ones go in pieces.
+
+        `dirtied` is called after each piece: while a later one waits for room, writeback has to know of those before it.
+        """
         most = max(1, min(self.cache.capacity_pages // 8, self.cache.dirty_limit_pages // 4)) * PAGE_SIZE
         view = memoryview(data)
-        while len(view) > most:
-            step = most - offset % PAGE_SIZE
-            await self._write_piece(file, offset, view[:step])
+        while view:
+            step = await self._write_piece(file, offset, view[: most - offset % PAGE_SIZE])
+            dirtied()
             view, offset = view[step:], offset + step
-        await self._write_piece(file, offset, view)
 
-    async def _write_piece(self, file: CachedFile, offset: int, data: memoryview) -> None:
-        cache, end = self.cache, offset + len(data)
-        start_page, end_page = offset >> PAGE_SHIFT, (end + PAGE_SIZE - 1) >> PAGE_SHIFT
+    async def _write_piece(self, file: CachedFile, offset: int, data: memoryview) -> int:
+        """Returns how much of `data` was written: less where both ends need a fill, for one could push out the other."""
+        cache = self.cache
         while True:
-            for fill in cache.fills_of(file, start_page, end_page):
-                await fill.done.wait()
             partial = cache.pages_to_fill(file, offset, len(data))
-            if partial:
+            if len(partial) == 2:
+                data = data[: partial[1] * PAGE_SIZE - offset]
+                continue
+            end_page = (offset + len(data) + PAGE_SIZE - 1) >> PAGE_SHIFT
+            if fills := cache.fills_of(file, offset >> PAGE_SHIFT, end_page):
+                await fills[0].done.wait()
+            elif partial:
                 await self._fill_once(file, partial[0] * PAGE_SIZE, min((partial[0] + 1) * PAGE_SIZE, file.size), None)
-                continue
-            if cache.fills_of(file, start_page, end_page):
-                continue
-            try:
-                cache.write(file, offset, data)
-                return
-            except (NoRoom, Busy) as reason:
-                await self.wait_for(reason)
+            else:
+                try:
+                    cache.write(file, offset, data)
+                    return len(data)
+                except (NoRoom, Busy) as reason:
+                    await self.wait_for(reason)
 
     async def wait_for(self, reason: NoRoom | Busy) -> None:
         """Until what stood in the way has changed. May wake for nothing: look again."""
-        if isinstance(reason, NoRoom):
-            self.need_room()
-        await self.cache.room.park()  # every end of a fill or a writeback wakes it
+        if isinstance(reason, TooDirty) or (isinstance(reason, NoRoom) and not self.cache.filling_pages):
+            self.need_room()  # else a fill will end before long, whatever becomes of writeback
+        await self.cache.room.park()  # every end of a fill or a writeback wakes it, and pages that are dropped
 

@@ -8,7 +8,7 @@ A read of any size up to 1 MiB that finds its pages costs two dict look-ups and 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import trio
@@ -22,7 +22,6 @@ from cachefs.cache.page import (
     GROUP_SIZE,
     PAGE_SHIFT,
     PAGE_SIZE,
-    SMALL_PAGES,
     Group,
     key_of,
     runs,
@@ -33,6 +32,7 @@ from cachefs.statistics import CacheStatistics
 
 _IN_GROUP = GROUP_PAGES - 1
 _BYTE_IN_GROUP = GROUP_SIZE - 1
+_NOTHING: Mapping[int, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,11 @@ class Busy(Exception):
 
 
 class NoRoom(Exception):
-    """Every page is dirty, in writeback or filling, or as many are unwritten as may be; wait for `PageCache.room`."""
+    """Every page is dirty, in writeback or filling; wait for `PageCache.room`."""
+
+
+class TooDirty(NoRoom):
+    """As many pages are unwritten as may be."""
 
 
 class PageCache:
@@ -131,6 +135,8 @@ class PageCache:
         return self._view[start : start + end - offset]
 
     def _lookup_across(self, file: CachedFile, offset: int, end: int) -> memoryview | bytes | None:
+        if end <= offset:
+            return b""
         view = self.peek(file, offset, end)
         if view is not None:
             self.count_request(file, offset, end)
@@ -244,8 +250,9 @@ class PageCache:
     def finish_fill(self, fill: Fill, nbytes: int) -> None:
         """The thread is done: `nbytes` were read, the rest of the pages is past the end of the backing. -1: it failed."""
         group, mask = fill.group, fill.mask
-        if nbytes >= 0:
+        if nbytes >= 0:  # what somebody else has appended to the backing is not part of the file yet: zeros as well
             start = group.base + fill.first * PAGE_SIZE
+            nbytes = max(0, min(nbytes, group.file.size - fill.offset))
             self.arena.zero(start + nbytes, start + fill.count * PAGE_SIZE)
         group.fills.remove(fill)
         clean = group.finish_fill(mask, nbytes >= 0)
@@ -283,8 +290,10 @@ class PageCache:
         end = offset + len(data)
         pieces = list(_pieces(offset, end))
         if self._unwritten_after(file, pieces) > self.dirty_limit_pages:
-            raise NoRoom
-        self._make_room(sum(self._missing(file, index, span(first, last)) for index, first, last in pieces))
+            raise TooDirty
+        # The pages of the range that are here stay: what `data` does not cover of them exists nowhere else in memory.
+        keep = {key_of(file.id, index): span(first, last) for index, first, last in pieces}
+        self._make_room(sum(self._missing(file, index, span(first, last)) for index, first, last in pieces), keep)
         groups = [self._group(file, index, last + 1) for index, _, last in pieces]
         for group, (index, first, last) in zip(groups, pieces, strict=True):
             start = max(offset, index * GROUP_SIZE)
@@ -393,23 +402,22 @@ class PageCache:
             if going:
                 self.policy.remove(group.key, going)
                 dropped += self._leave(group, going, reason)
+        if dropped:
+            self.room.unpark_all()
         if reason == "truncated":
             for memory in (file.evicted, file.invalidated):
                 for index in [i for i in memory if i >= from_page >> GROUP_SHIFT]:
                     del memory[index]
         return dropped
 
-    def _make_room(self, count: int) -> None:
-        """Evicts until `count` more pages fit, or raises NoRoom."""
+    def _make_room(self, count: int, keep: Mapping[int, int] = _NOTHING) -> None:
+        """Evicts until `count` more pages fit, none of `keep` ({group key: mask}), or raises NoRoom."""
         over = self.resident_pages + count - self.capacity_pages
         if over > 0:
-            for key, mask in self.policy.victims(over, self._evictable):
+            for key, mask in self.policy.victims(over, lambda key: self._groups[key].evictable & ~keep.get(key, 0)):
                 over -= self._leave(self._groups[key], mask, "capacity")
             if over > 0:
                 raise NoRoom
-
-    def _evictable(self, key: int) -> int:
-        return self._groups[key].evictable
 
     def _leave(self, group: Group, mask: int, reason: str) -> int:
         """CLEAN (or, discarded, DIRTY) pages become ABSENT; the policy has forgotten them already."""
@@ -442,6 +450,8 @@ class PageCache:
             near = before.base + GROUP_SIZE if before is not None else -1
             need = max(pages, min(file.end_page - (index << GROUP_SHIFT), GROUP_PAGES)) if index == 0 else GROUP_PAGES
             group = Group(file, index, *self.arena.allocate(need, near))
+            if group.touched:
+                self.arena.leave_holes(group)
             file.groups[index] = self._groups[group.key] = group
         elif pages > group.capacity:
             self._move(group)
@@ -451,12 +461,15 @@ class PageCache:
         """Gives a group that outgrew its small slot a large one; at most 64 KiB are copied, once in a group's life."""
         if group.filling or group.writeback:
             raise Busy(group)
-        size = SMALL_PAGES * PAGE_SIZE
         moved = Group(group.file, group.index, *self.arena.allocate(GROUP_PAGES, -1))
         self.arena.touch(moved, group.uptodate)
-        self._view[moved.base : moved.base + size] = self._view[group.base : group.base + size]
+        for first, count in runs(group.uptodate):
+            start, stop = first * PAGE_SIZE, (first + count) * PAGE_SIZE
+            self._view[moved.base + start : moved.base + stop] = self._view[group.base + start : group.base + stop]
         self.arena.release(group)
         group.base, group.capacity, group.touched = moved.base, moved.capacity, moved.touched
+        if group.touched & ~group.uptodate:
+            self.arena.leave_holes(group)
 
     def _shrink(self, group: Group) -> None:
         """Pages of `group` left; so does the group with its last one."""

@@ -29,13 +29,13 @@ def command(mountpoint: str, timeout: float | None) -> int:
 
     Exit status 1 if something could not be written: each such piece is listed.
     """
-    if mountinfo.release_if_dead(os.path.realpath(mountpoint)):
+    if find_daemon(mountpoint) is None and mountinfo.release_if_dead(os.path.realpath(mountpoint)):
         click.echo(f"cachefs: {mountpoint} had no daemon any more: unmounted", err=True)
         return 0
     record = _daemon_at(mountpoint)
     deadline = None if timeout is None else time.monotonic() + timeout
     with _process(record.pid) as process:
-        status = 0 if record.phase == STOPPING else _ask(record, "umount", timeout)
+        status = _ask(record, "umount", timeout)
         _wait_until_gone(record, process, deadline)
     return status
 
@@ -70,6 +70,8 @@ def _ask(record: DaemonRecord, name: str, timeout: float | None) -> int:
             for last in control.request(record.socket, {"command": name}, None, timeout):
                 show(last)
         except control.ConnectionLost as error:
+            if record.phase == STOPPING:  # it ended by itself, between our look at it and the request
+                return 0
             raise CachefsError(f"{error}: see {record.log}") from None
         except control.NoAnswer:
             left = progress_line(last)

@@ -94,7 +94,10 @@ def unmount(mountpoint: str, lazy: bool = False) -> None:
             raise OSError(number, os.strerror(number))
         return
     command = ["fusermount3", "-uz" if lazy else "-u", "--", mountpoint]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+    except subprocess.TimeoutExpired:
+        raise OSError(errno.ETIMEDOUT, "fusermount3 does not answer") from None
     if done.returncode:
         raise OSError(errno.EBUSY if "busy" in done.stderr else errno.EPERM, done.stderr.strip())
 

@@ -5,6 +5,7 @@ from typing import ClassVar
 from cachefs.cache.policy.base import Evictable, Policy, RunQueue, Runs, above, clear, lowest, split
 
 SMALL_PERCENT = 10
+WALK_MOST_RUNS = 8192  # of main in one search, ~15 ms: behind that pages go even if they were hit, lest requests wait
 
 
 class S3FIFO(Policy):
@@ -65,6 +66,7 @@ class S3FIFO(Policy):
         self._evicting = True
         # That many pages at the newest end of each queue have no hits and may not go; once it is all, leave it alone.
         self._vain_small = self._vain_main = 0
+        self._patience = WALK_MOST_RUNS
         chosen = []
         while count > 0:
             small_open = self._vain_small < self._small.page_count
@@ -87,10 +89,12 @@ class S3FIFO(Policy):
         key, run = main.front()
         if self._vain_main:
             run = lowest(run, main.page_count - self._vain_main)
-        hit = run & (self._ones.get(key, 0) | self._twos.get(key, 0))
+        hit = run & (self._ones.get(key, 0) | self._twos.get(key, 0)) if self._patience else 0
+        self._patience = max(0, self._patience - 1)
         out, passed = split(run, run ^ hit and (run ^ hit) & evictable(key), count)
         if out:
             main.shift(out)
+            self._clear_hits(key, out)
         if passed:
             main.requeue(passed)
             spared = passed & hit
