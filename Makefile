@@ -7,13 +7,19 @@ PY := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test-setup demo test stress lint bench clean
+.PHONY: help install install-system uninstall-system test-setup demo test stress lint bench clean
 
 help:  ## these lines
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install:  ## set up to run: leaves .venv/bin/cachefs
 	$(SETUP) run
+
+install-system: install  ## as root: links in /sbin, so that mount -t cachefs and fstab work
+	@bash scripts/mount_helpers.sh link
+
+uninstall-system:  ## as root: removes these links
+	@bash scripts/mount_helpers.sh unlink
 
 test-setup:  ## set up to test: the programs that tests and benchmarks run on a mount
 	$(SETUP) test

@@ -37,6 +37,15 @@ class Backing(ABC):
     def open(self, dirfd: int, name: bytes, flags: int, mode: int = 0) -> int:
         """A descriptor of `name`. O_NOFOLLOW, O_NONBLOCK, O_CLOEXEC are implied; O_DIRECT and O_APPEND are ignored."""
 
+    def open_stat(self, dirfd: int, name: bytes, flags: int, mode: int = 0) -> tuple[int, os.stat_result]:
+        """`open`, and `fstat` of what was opened, in one exchange with a store that is far away."""
+        fd = self.open(dirfd, name, flags, mode)
+        try:
+            return fd, self.fstat(fd)
+        except BaseException:
+            self.close(fd)
+            raise
+
     @abstractmethod
     def reopen(self, fd: int, flags: int) -> int:
         """Another descriptor of the inode behind `fd`, with access of its own; flags as in `open`, never creating."""

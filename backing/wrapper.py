@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -71,6 +72,9 @@ class Wrapper(Backing):
     statvfs = _through(Backing.statvfs)
     file_handle = _through(Backing.file_handle)
     open_handle = _through(Backing.open_handle)
+
+    def open_stat(self, dirfd: int, name: bytes, flags: int, mode: int = 0) -> tuple[int, os.stat_result]:
+        return self.around("open", self.inner.open_stat, (dirfd, name, flags, mode))
 
     def shutdown(self) -> None:
         self.inner.shutdown()

@@ -60,10 +60,10 @@ class BackingIO:
         self.read_bytes += nbytes
         return nbytes
 
-    async def read(self, fd: int, buffers: list[memoryview], offset: int) -> int:
-        """Fills `buffers` from `offset`; fewer bytes only at the end of the file."""
+    async def read(self, fd: int, buffers: list[memoryview], offset: int, enough_bytes: int) -> int:
+        """Fills `buffers` from `offset`; fewer bytes only at the end of the file, or where there are enough."""
         start = time.perf_counter()
-        nbytes = await self.in_thread("read", read_fully, self.backing, fd, buffers, offset)
+        nbytes = await self.in_thread("read", read_fully, self.backing, fd, buffers, offset, enough_bytes)
         now = time.perf_counter()
         self.speed.observe(nbytes, now - start, now)
         self.read_bytes += nbytes
@@ -91,10 +91,13 @@ class BackingIO:
         )
 
 
-def read_fully(backing: Backing, fd: int, buffers: list[memoryview], offset: int) -> int:
-    """Reads until `buffers` are full or the file ends; runs in a thread."""
+def read_fully(backing: Backing, fd: int, buffers: list[memoryview], offset: int, enough_bytes: int) -> int:
+    """Reads until `buffers` are full, the file ends or `enough_bytes` are there; runs in a thread.
+
+    Who knows how long the file is saves the call that would only say that it has ended.
+    """
     total = 0
-    while buffers:
+    while buffers and total < enough_bytes:
         nbytes = backing.preadv(fd, buffers, offset + total)
         if not nbytes:
             break

@@ -87,12 +87,11 @@ class Descriptors:
     async def _open_by_name(self, inode: Inode) -> int:
         for parent, name in list(inode.names):
             try:
-                fd = await self.at("open", parent, self.io.backing.open, name, os.O_PATH)
+                fd, st = await self.at("open", parent, self.io.backing.open_stat, name, os.O_PATH)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP):
                     raise
                 continue
-            st = self.io.backing.fstat(fd)
             if (st.st_dev, st.st_ino) == inode.key:
                 return fd
             self.io.backing.close(fd)

@@ -109,6 +109,10 @@ class Files:
         inode.checked_at = trio.current_time()
         inode.signature = signature_of(st)
 
+    def believed(self, inode: Inode) -> bool:
+        """Whether the attributes need not be read: a backing far away was asked for them a short time ago."""
+        return self.io.backing.blocking and trio.current_time() - inode.checked_at < self.ttl_seconds
+
     async def refresh(self, inode: Inode) -> None:
         """Reads the attributes, again if we changed the file meanwhile. What we change all the time, we know well enough."""
         for _ in range(STAT_TRIES):
@@ -144,7 +148,7 @@ class Files:
             elif not self.io.backing.blocking:
                 await self.data.reader(inode)
             signature, known = inode.signature, inode.file is not None
-            if not self.io.backing.blocking or trio.current_time() - inode.checked_at > self.ttl_seconds:
+            if not self.believed(inode):
                 await self.refresh(inode)
             self._ensure_file(inode)
             if flags & os.O_TRUNC:

@@ -118,7 +118,8 @@ class FileSystem:
 
     async def getattr(self, inode: Inode) -> None:
         """Brings `inode.attributes()` up to date."""
-        await self.files.refresh(inode)
+        if inode.is_dir or not self.files.believed(inode):  # what changes in a directory changes it too, unnoticed here
+            await self.files.refresh(inode)
 
     async def setattr(self, inode: Inode, changes: Changes, uid: int) -> None:
         async with inode.lock:
@@ -194,7 +195,7 @@ class FileSystem:
         mode = await self._masked(parent, mode, caller)
         how = os.O_RDWR | os.O_CREAT | os.O_EXCL
         try:
-            fd = await self.descriptors.at("create", parent, self.backing.open, name, how, stat.S_IMODE(mode))
+            fd, st = await self.descriptors.at("create", parent, self.backing.open_stat, name, how, stat.S_IMODE(mode))
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
@@ -207,7 +208,7 @@ class FileSystem:
                     await self.io.call("chown", self.backing.chown, fd, caller.uid, gid)
                 if mode & SET_ID:
                     await self.io.call("chmod", self.backing.chmod, fd, stat.S_IMODE(mode))
-            st = await self.io.call("stat", self.backing.fstat, fd)
+                st = await self.io.call("stat", self.backing.fstat, fd)
         except BaseException:
             self.backing.close(fd)
             raise
@@ -309,22 +310,33 @@ class FileSystem:
         return handle.names
 
     async def entries(self, number: int, names: Sequence[bytes]) -> list[Inode | None]:
-        """The inodes of some names of an open directory; None for those that are gone. Counts no lookup."""
+        """The inodes of some names of an open directory, each with one more lookup; None for those that are gone."""
         parent = self.directories[number].inode
         found: list[Inode | None] = [None] * len(names)
 
         async def look(i: int) -> None:
             with contextlib.suppress(OSError):
-                st = await self.descriptors.at("lookup", parent, self.backing.stat, names[i])
-                found[i] = self._found(parent, names[i], st)
+                found[i] = await self.lookup(parent, names[i])
 
         if not self.backing.blocking:
-            for i in range(len(names)):
-                await look(i)
+            stats = await self.descriptors.at("lookup", parent, self._stat_all, names)
+            for i, st in enumerate(stats):
+                if st is not None:
+                    inode = found[i] = self._found(parent, names[i], st)
+                    inode.lookups += 1
             return found
         async with trio.open_nursery() as nursery:
             for i in range(len(names)):
                 nursery.start_soon(look, i)
+        return found
+
+    def _stat_all(self, dirfd: int, names: Sequence[bytes]) -> list[os.stat_result | None]:
+        found: list[os.stat_result | None] = []
+        for name in names:
+            try:
+                found.append(self.backing.stat(dirfd, name))
+            except OSError:
+                found.append(None)
         return found
 
     async def fsyncdir(self, number: int) -> None:

@@ -152,14 +152,14 @@ class Mount:
             config.readahead_max_bytes, config.metadata_ttl_seconds, self._changed,
         )  # fmt: skip
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
-        self.nursery = nursery
 
     # --- running -------------------------------------------------------------------------------------------------------
 
     async def run(self, ready: Callable[[Mapping[str, object]], None]) -> int:
         async with trio.open_nursery() as nursery:
-            self._build(nursery)
+            self.nursery = nursery
             await nursery.start(self._watch_signals)
+            self._build(nursery)
             try:
                 self._connect(nursery)
                 await self._start_services(nursery)

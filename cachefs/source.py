@@ -66,12 +66,11 @@ class DataDescriptors:
         """One call instead of two where the first name is still right; -1 where it is not."""
         for parent, name in inode.names:
             try:
-                fd = await self.descriptors.at("open", parent, self.io.backing.open, name, flags)
+                fd, st = await self.descriptors.at("open", parent, self.io.backing.open_stat, name, flags)
             except PermissionError:
                 raise
             except OSError:
                 break
-            st = self.io.backing.fstat(fd)
             if (st.st_dev, st.st_ino) == inode.key and stat.S_ISREG(st.st_mode):
                 return fd
             self.io.backing.close(fd)
@@ -112,7 +111,9 @@ class FileSource:
         inode = self.inode
         inode.busy += 1
         try:
-            return await self.data.io.read(await self.data.reader(inode), list(buffers), offset)
+            fd = await self.data.reader(inode)
+            assert inode.file is not None
+            return await self.data.io.read(fd, list(buffers), offset, inode.file.size - offset)
         finally:
             inode.busy -= 1
             self.data.settle(inode)

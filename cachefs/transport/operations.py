@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FlagT, FUSEError, InodeT, ModeT, RequestContext, SetattrFields
 
 from cachefs.files import Files, Opened
@@ -94,7 +95,9 @@ class Operations(pyfuse3.Operations):
         entry.st_atime_ns = st.st_atime_ns
         entry.st_mtime_ns = seen.mtime_ns
         entry.st_ctime_ns = seen.ctime_ns
-        entry.entry_timeout = entry.attr_timeout = self.ttl_seconds
+        entry.entry_timeout = self.ttl_seconds
+        # The kernel may believe what was read a while ago only for the rest of the time.
+        entry.attr_timeout = max(0.0, inode.checked_at + self.ttl_seconds - trio.current_time())
         return entry
 
     @request
@@ -186,13 +189,13 @@ class Operations(pyfuse3.Operations):
             start += 1
         while start - 2 < len(names):
             some = names[start - 2 : start - 2 + STATS_AT_ONCE]
-            for name, inode_found in zip(some, await self.fs.entries(fh, some), strict=True):
+            found = await self.fs.entries(fh, some)
+            for i, entry in enumerate(found):
                 start += 1
-                if inode_found is None:
-                    continue
-                if not pyfuse3.readdir_reply(token, name, self._entry(inode_found), start):
+                if entry is not None and not pyfuse3.readdir_reply(token, some[i], self._entry(entry), start):
+                    for unsent in filter(None, found[i:]):
+                        self.fs.forget(unsent.node, 1)
                     return
-                inode_found.lookups += 1
 
     @request
     async def releasedir(self, fh: FileHandleT) -> None:

@@ -67,41 +67,63 @@ def outcome(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return errno.errorcode[error.errno or 0]
 
 
-def as_user(uid: int, function: Callable[..., Any], *args: Any, gid: int | None = None, umask: int = 0o022) -> Any:
-    """`outcome(function, *args)` of a process of another user, without any right of root."""
+def forked(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Calls the function in a child process; returns a function that waits for the child and gives its `outcome`."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            os.setgroups([])
-            os.setgid(uid if gid is None else gid)
-            os.setuid(uid)
-            os.umask(umask)
+            os.close(reading)
             with open(writing, "wb") as pipe:
-                pickle.dump(outcome(function, *args), pipe)
+                pickle.dump(outcome(function), pipe)
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(0)
     os.close(writing)
-    with open(reading, "rb") as pipe:
-        answer = pipe.read()
-    os.waitpid(child, 0)
-    assert answer, "the child failed, see its stderr"
-    return pickle.loads(answer)
+
+    def wait() -> Any:
+        with open(reading, "rb") as pipe:
+            answer = pipe.read()
+        os.waitpid(child, 0)
+        assert answer, "the child failed, see its stderr"
+        return pickle.loads(answer)
+
+    return wait
+
+
+def as_user(uid: int, function: Callable[..., Any], *args: Any, gid: int | None = None, umask: int = 0o022) -> Any:
+    """`outcome(function, *args)` of a process of another user, without any right of root."""
+
+    def other_user() -> Any:
+        os.setgroups([])
+        os.setgid(uid if gid is None else gid)
+        os.setuid(uid)
+        os.umask(umask)
+        return outcome(function, *args)
+
+    return forked(other_user)()
 
 
 def tree(directory: str = ".") -> dict[bytes, tuple[object, ...]]:
     """Everything below the directory, without times: {relative path: attributes, contents, target, xattrs}."""
-    found = {}
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for path, _, files, at in os.fwalk(os.fsencode(directory), onerror=fail, follow_symlinks=False):
-        for name in [b".", *files]:
-            found[os.path.join(path, name)] = _seen(at, name)
+    found: dict[bytes, tuple[object, ...]] = {}
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    _look_around(fd, b".", found)
     return found
+
+
+def _look_around(fd: int, path: bytes, found: dict[bytes, tuple[object, ...]]) -> None:
+    found[path] = _seen(fd, b".")
+    for name in sorted(os.fsencode(name) for name in os.listdir(fd)):
+        st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if stat.S_ISDIR(st.st_mode):
+            below = os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)
+            assert os.path.samestat(st, os.fstat(below)), f"{name!r} in {path!r} is another directory when it is opened"
+            _look_around(below, path + b"/" + name, found)
+        else:
+            found[path + b"/" + name] = _seen(fd, name)
+    os.close(fd)
 
 
 def _seen(at: int, name: bytes) -> tuple[object, ...]:

@@ -232,7 +232,7 @@ nonsense
 def test_mountinfo_is_read_with_its_escapes() -> None:
     mounts = mountinfo.parse(MOUNTINFO)
     assert [mount.mountpoint for mount in mounts] == ["/", "/mnt/with space\\", "/mnt/a", "/mnt/a"]
-    assert mounts[1] == mountinfo.Mount("/mnt/with space\\", "fuse.cachefs", "/srv/\udcff")
+    assert mounts[1] == mountinfo.Mount("/mnt/with space\\", "fuse.cachefs", "/srv/\udcff", "0:40")
 
 
 def test_the_topmost_mount_counts(monkeypatch: pytest.MonkeyPatch) -> None:

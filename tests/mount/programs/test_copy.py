@@ -54,3 +54,18 @@ def test_tree_survives_tar_and_rsync(program_mount: ProgramMount, tmp_path: Path
     assert_same(tree, program_mount.source / "one")
     program_mount.unmount()
     assert_same(tree, program_mount.source / "two")
+
+
+def test_writeback_after_a_rename_is_not_seen_as_a_change(program_mount: ProgramMount) -> None:
+    """tar complains of a file whose ctime moves while it reads."""
+    for number in range(20):
+        path = program_mount.mountpoint / f"new{number}"
+        path.write_bytes(b"x" * 3_000_000)
+        os.utime(path, ns=(0, number))
+        path.rename(program_mount.mountpoint / f"file{number}")
+    paths = sorted(program_mount.mountpoint.iterdir())
+    before = [(st.st_ctime_ns, st.st_mtime_ns, st.st_size) for st in map(os.stat, paths)]
+    program_mount.sync()
+    for path in paths:  # reading makes the kernel ask for attributes again
+        assert len(path.read_bytes()) == 3_000_000
+    assert [(st.st_ctime_ns, st.st_mtime_ns, st.st_size) for st in map(os.stat, paths)] == before

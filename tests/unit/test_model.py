@@ -1,0 +1,405 @@
+"""Files, cache, fills and writeback against plain bytearrays, with faults, evictions, truncates and random interleavings.
+
+An example is a list of operations, run one after the other or several at once. Operands are numbers taken modulo what
+exists, so that shortened examples stay valid. After every step each page of each file is looked at where it lies, in
+memory or on the backing, and compared with the model; a clean page has to be equal to the backing's.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cachefs.cache.page import PAGE_SIZE
+from cachefs.cache.policy import POLICIES
+from cachefs.inode import Inode
+from world import World, content
+
+EXAMPLES = int(os.environ.get("CACHEFS_LONG") and "4000" or "110")
+FILES = 3
+MOST_PAGES = 90  # of a file: more than the caches hold
+EDGES = (-1, 0, 0, 0, 1, 7, 100, 2048, 4095)
+LENGTHS = (1, 2, 100, 4095, 4096, 4097, 8192, 3 * 4096 + 5, 8 * 4096, 20 * 4096 + 1, 45 * 4096)
+FAULTS: Sequence[list[dict[str, object]]] = (
+    [],
+    [{"op": "preadv", "errno": "EIO", "count": 2}],
+    [{"op": "preadv", "errno": "EIO", "after": 1, "count": 3}],
+    [{"op": "preadv", "short": 1000}],
+    [{"op": "preadv", "short": 4097}],
+    [{"op": "pwritev", "errno": "EIO", "count": 1}],
+    [{"op": "pwritev", "errno": "ENOSPC", "after": 1, "count": 5}],
+    [{"op": "pwritev", "errno": "ENOSPC"}],
+    [{"op": "pwritev", "short": 3000}],
+    [{"op": "pwritev", "short": 5000, "count": 1}, {"op": "pwritev", "errno": "EIO", "after": 1, "count": 1}],
+    [{"op": "truncate", "errno": "EIO", "count": 1}],
+    [{"op": "fstat", "errno": "EIO", "count": 1}],
+    [{"op": "utime", "errno": "EIO", "count": 1}],
+    [{"op": "fsync", "errno": "EIO", "count": 1}],
+)
+
+numbers = st.integers(0, 1 << 16)
+files = st.integers(0, FILES - 1)
+ranges = st.tuples(st.integers(0, MOST_PAGES), st.sampled_from(EDGES), st.sampled_from(LENGTHS))
+reads = st.tuples(st.just("read"), files, ranges, numbers)
+writes = st.tuples(st.just("write"), files, ranges, numbers)
+truncates = st.tuples(st.just("truncate"), files, ranges, numbers)
+looks = st.tuples(st.sampled_from(("fsync", "close", "getattr", "lookup", "flush_all")), files, st.just((0, 0, 0)), numbers)
+alone = st.tuples(
+    st.sampled_from(("unlink", "reopen", "change", "drop", "pressure", "pause", "fault", "fault", "stream")),
+    files, st.just((0, 0, 0)), numbers,
+)  # fmt: skip
+together = st.tuples(st.just("together"), st.lists(st.one_of(reads, writes, looks, truncates), min_size=2, max_size=8))
+steps = st.lists(st.one_of(reads, writes, writes, truncates, looks, alone, together, together), min_size=1, max_size=30)
+
+
+@dataclass
+class Setting:
+    policy: str
+    pages: int
+    blocking: bool
+    running: bool  # the writeback task
+    readahead: bool
+    seed: int
+
+
+settings_of_worlds = st.builds(
+    Setting, st.sampled_from(sorted(POLICIES)), st.sampled_from((16, 17, 24, 64)), st.booleans(), st.booleans(),
+    st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+
+
+@dataclass
+class Tracked:
+    """A file, its model, and a descriptor of our own on the backing's side of it."""
+
+    name: str
+    inode: Inode
+    handle: int
+    fd: int
+    model: bytearray = field(default_factory=bytearray)
+
+
+class Harness:
+    """Runs operations on a world and its model side by side."""
+
+    def __init__(self, world: World, setting: Setting) -> None:
+        self.world = world
+        self.setting = setting
+        self.tracked: list[Tracked] = []
+        self.made = 0
+        self.faulty = False
+        self.replies: list[tuple[Tracked, bytes, int, int, bytes]] = []  # file, its model then, offset, length, bytes
+
+    async def make(self) -> Tracked:
+        self.made += 1
+        name = f"file{self.made}"
+        inode, handle = await self.world.open(name)
+        return Tracked(name, inode, handle, os.open(self.world.top / name, os.O_RDWR))
+
+    async def start(self) -> None:
+        self.tracked = [await self.make() for _ in range(FILES)]
+
+    # --- single operations ---------------------------------------------------------------------------------------------
+
+    def place(self, where: tuple[int, int, int]) -> tuple[int, int]:
+        page, edge, length = where
+        return max(0, page * PAGE_SIZE + edge), length
+
+    async def make_sure_of_room(self, length: int) -> bool:
+        """Without a writeback task nobody would make room for a write: whether it fits."""
+        world = self.world
+        if self.setting.running or world.writeback.unwritten_pages + length // PAGE_SIZE + 2 <= world.writeback.limit_pages:
+            return True
+        await world.writeback.flush_all()
+        return world.writeback.unwritten_pages + length // PAGE_SIZE + 2 <= world.writeback.limit_pages
+
+    async def read(self, tracked: Tracked, offset: int, length: int) -> None:
+        try:
+            self.replies.append((tracked, bytes(tracked.model), offset, length, await self.world.read(tracked.handle, offset, length)))
+        except OSError:
+            assert self.faulty
+
+    def check_replies(self) -> None:
+        """A reply is what there was before or after what went on at the same time; no write did in its range."""
+        for tracked, before, offset, length, got in self.replies:
+            old, new = before[offset : offset + length], tracked.model[offset : offset + length]
+            assert len(got) >= min(len(old), len(new))
+            assert got in (old[: len(got)], new[: len(got)]), "a reply that never was true"
+        self.replies.clear()
+
+    async def write(self, tracked: Tracked, offset: int, length: int, seed: int) -> None:
+        model = tracked.model
+        data = bytes((seed + i // 7) % 255 + 1 for i in range(length))
+        try:
+            assert await self.world.files.write(tracked.handle, offset, data) == length
+        except OSError:
+            assert self.faulty
+            self.adopt_some(tracked, offset, data)
+            return
+        model[len(model) :] = bytes(max(0, offset - len(model)))
+        model[offset : offset + length] = data
+
+    def adopt_some(self, tracked: Tracked, offset: int, data: bytes) -> None:
+        """A write that failed may have written some of its pieces."""
+        now, model = self.content(tracked), tracked.model
+        written = 0
+        while written < len(data) and now[offset : offset + written + 1] == data[: written + 1]:
+            written += 1
+        if len(now) > len(model) or written:
+            model[len(model) :] = bytes(max(0, offset - len(model))) if written else b""
+            model[offset : offset + written] = data[:written]
+
+    async def truncate(self, tracked: Tracked, size: int) -> None:
+        model = tracked.model
+        try:
+            await self.world.files.truncate(tracked.inode, size, 0)
+        except OSError:
+            assert self.faulty
+            assert tracked.inode.file is not None
+            if tracked.inode.file.size != size:  # the look at the attributes may have failed after the truncate itself
+                return
+        model[size:] = b""
+        model[len(model) :] = bytes(size - len(model))
+
+    async def look(self, what: str, tracked: Tracked) -> None:
+        world = self.world
+        try:
+            match what:
+                case "fsync":
+                    await world.files.fsync(tracked.handle, False)
+                case "close":
+                    await world.files.flush(tracked.handle)
+                case "getattr":
+                    await world.files.refresh(tracked.inode)
+                case "lookup":
+                    await world.fs.lookup(world.table.root, tracked.name.encode())
+                case "flush_all":
+                    failed = await world.writeback.flush_all()
+                    assert not failed or self.faulty
+        except FileNotFoundError:
+            assert what == "lookup" and tracked.inode.unlinked
+        except OSError:
+            assert self.faulty or tracked.inode.error_count
+
+    async def alone(self, what: str, tracked: Tracked, number: int) -> None:
+        world = self.world
+        match what:
+            case "fault":
+                plan = FAULTS[number % len(FAULTS)]
+                self.faulty = bool(plan)
+                world.backing.set_plan(plan)
+            case "pause":
+                await trio.sleep((0.01, 1, 6, 40)[number % 4])
+            case "drop":
+                assert tracked.inode.file is not None
+                world.cache.drop(tracked.inode.file)
+            case "pressure":
+                for other in self.tracked:
+                    await self.read(other, number % 8 * PAGE_SIZE, 64 * PAGE_SIZE)
+            case "stream":
+                for offset in range(0, min(len(tracked.model), 40 * PAGE_SIZE), 2 * PAGE_SIZE):
+                    await self.read(tracked, offset, 2 * PAGE_SIZE)
+            case "change":
+                await self.change(tracked, number)
+            case "unlink":
+                await self.unlink(tracked)
+            case "reopen":
+                await self.reopen(tracked, number)
+
+    async def change(self, tracked: Tracked, number: int) -> None:
+        """Somebody else writes to the file on the backing, while we have nothing unwritten of it."""
+        if tracked.inode.unwritten or self.faulty:
+            return
+        size = number % (20 * PAGE_SIZE)
+        tracked.model[:] = bytes((number + i // 5) % 251 for i in range(size))
+        os.ftruncate(tracked.fd, size)
+        os.pwrite(tracked.fd, tracked.model, 0)
+        os.utime(tracked.fd, ns=(0, number * 1_000_000_007 + self.made))
+        if number % 3:
+            await self.world.files.refresh(tracked.inode)
+        else:  # a fill may be under way at the same time
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.world.read, tracked.handle, 0, size + 1)
+                nursery.start_soon(self.world.files.refresh, tracked.inode)
+
+    async def unlink(self, tracked: Tracked) -> None:
+        """The file loses its name but stays open; the next time it is closed and another takes its place."""
+        if self.faulty:
+            return
+        if not tracked.inode.unlinked:
+            await self.world.fs.unlink(self.world.table.root, tracked.name.encode())
+            assert tracked.inode.unlinked
+            return
+        await self.world.release(tracked.handle)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not tracked.inode.unwritten
+        os.close(tracked.fd)
+        self.tracked[self.tracked.index(tracked)] = await self.make()
+
+    async def reopen(self, tracked: Tracked, number: int) -> None:
+        if tracked.inode.unlinked or self.faulty:
+            return
+        await self.world.release(tracked.handle)
+        if number % 2:
+            await trio.sleep(2)
+        flags = os.O_RDWR | (os.O_TRUNC if number % 5 == 0 else 0)
+        tracked.inode, tracked.handle = await self.world.open(tracked.name, flags)
+        if flags & os.O_TRUNC:
+            tracked.model[:] = b""
+
+    # --- steps -----------------------------------------------------------------------------------------------------------
+
+    async def step(self, step: tuple) -> None:  # type: ignore[type-arg]
+        if step[0] == "together":
+            await self.together(step[1])
+            return
+        what, file, where, number = step
+        tracked = self.tracked[file]
+        offset, length = self.place(where)
+        match what:
+            case "read":
+                await self.read(tracked, offset, length)
+            case "write":
+                if await self.make_sure_of_room(length):
+                    await self.write(tracked, offset, length, number)
+            case "truncate":
+                await self.truncate(tracked, offset)
+            case "fsync" | "close" | "getattr" | "lookup" | "flush_all":
+                await self.look(what, tracked)
+            case _:
+                await self.alone(what, tracked, number)
+
+    async def together(self, several: list[tuple]) -> None:  # type: ignore[type-arg]
+        """Starts operations at once that cannot see each other: written ranges overlap no other range."""
+        taken: list[tuple[int, int, int, bool]] = []
+        cut: set[int] = set()
+        room = self.world.writeback.limit_pages - self.world.writeback.unwritten_pages
+        async with trio.open_nursery() as nursery:
+            for what, file, where, number in several:
+                offset, length = self.place(where)
+                tracked = self.tracked[file]
+                if what in ("read", "write"):
+                    writes = what == "write"
+                    if file in cut and writes:
+                        continue
+                    if any(f == file and (w or writes) and offset < e and s < offset + length for f, s, e, w in taken):
+                        continue
+                    room -= length // PAGE_SIZE + 2 if writes else 0
+                    if writes and room < 0 and not self.setting.running:
+                        continue
+                    taken.append((file, offset, offset + length, writes))
+                    if writes:
+                        nursery.start_soon(self.write, tracked, offset, length, number)
+                    else:
+                        nursery.start_soon(self.read, tracked, offset, length)
+                elif what == "truncate":
+                    if file in cut or any(f == file for f, *_ in taken):
+                        continue
+                    cut.add(file)
+                    taken.append((file, 0, 1 << 62, True))  # nothing else there: which came first could not be told
+                    nursery.start_soon(self.truncate, tracked, offset)
+                else:
+                    nursery.start_soon(self.look, what, tracked)
+
+    # --- comparing -------------------------------------------------------------------------------------------------------
+
+    def content(self, tracked: Tracked) -> bytes:
+        assert tracked.inode.file is not None
+        return content(self.world.cache, tracked.inode.file, tracked.fd)
+
+    def check(self) -> None:
+        self.world.check()
+        self.check_replies()
+        for tracked in self.tracked:
+            now = self.content(tracked)
+            if now != tracked.model:
+                at = next((i for i, (a, b) in enumerate(zip(now, tracked.model, strict=False)) if a != b), -1)
+                raise AssertionError(f"{tracked.name}: {len(now)} bytes, model {len(tracked.model)}, differ at {at}")
+
+    async def finish(self) -> None:
+        """Once the backing works again everything can be written, and is what the model says."""
+        self.world.backing.set_plan([])
+        self.faulty = False
+        await trio.sleep(100)
+        assert await self.world.writeback.flush_all() == []
+        self.check()
+        assert not self.world.writeback.unwritten_pages
+        for tracked in self.tracked:
+            size = os.fstat(tracked.fd).st_size
+            assert os.pread(tracked.fd, size + 1, 0) == tracked.model
+            assert tracked.inode.st.st_size == size
+            os.close(tracked.fd)
+
+
+async def run(setting: Setting, steps: Sequence[tuple]) -> None:  # type: ignore[type-arg]
+    with tempfile.TemporaryDirectory() as top:
+        async with trio.open_nursery() as nursery:
+            world = World(
+                nursery, Path(top), pages=setting.pages, policy=setting.policy, blocking=setting.blocking,
+                readahead_pages=64 if setting.readahead else 0, seed=setting.seed, ttl_seconds=0.0,
+            )  # fmt: skip
+            if setting.running:
+                nursery.start_soon(world.writeback.run)
+            harness = Harness(world, setting)
+            await harness.start()
+            for step in steps:
+                with trio.fail_after(1000):
+                    await harness.step(step)
+                harness.check()
+            await harness.finish()
+            await world.shut()
+            nursery.cancel_scope.cancel()
+
+
+def play(setting: Setting, steps: Sequence[tuple]) -> None:  # type: ignore[type-arg]
+    trio.run(run, setting, steps, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@settings(max_examples=EXAMPLES)
+@given(settings_of_worlds, steps)
+def test_everything_is_what_the_model_says(setting: Setting, steps: list[tuple]) -> None:  # type: ignore[type-arg]
+    play(setting, steps)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("blocking", [False, True])
+def test_every_kind_of_step_once(policy: str, blocking: bool) -> None:
+    """So that no kind goes untested should the generator change."""
+    page = PAGE_SIZE
+    assert page == 4096
+    steps: list[tuple] = [  # type: ignore[type-arg]
+        ("write", 0, (0, 0, 20 * 4096 + 1), 1),
+        ("write", 1, (3, 100, 4097), 2),
+        ("fsync", 0, (0, 0, 0), 0),
+        ("truncate", 0, (5, 7, 1), 0),
+        ("truncate", 0, (30, 1, 1), 0),
+        ("read", 0, (0, 100, 45 * 4096), 0),
+        ("stream", 0, (0, 0, 0), 0),
+        ("flush_all", 0, (0, 0, 0), 0),
+        ("change", 1, (0, 0, 0), 50001),
+        ("change", 0, (0, 0, 0), 60002),
+        ("pressure", 0, (0, 0, 0), 0),
+        ("write", 2, (0, 0, 8 * 4096), 9),
+        ("unlink", 2, (0, 0, 0), 0),
+        ("write", 2, (10, 1, 4097), 10),
+        ("read", 2, (0, 0, 45 * 4096), 0),
+        ("unlink", 2, (0, 0, 0), 0),
+        ("fault", 0, (0, 0, 0), 7),
+        ("write", 1, (0, 1, 4096), 3),
+        ("fsync", 1, (0, 0, 0), 0),
+        ("pause", 0, (0, 0, 0), 3),
+        ("fault", 0, (0, 0, 0), 0),
+        ("reopen", 1, (0, 0, 0), 1),
+        ("drop", 1, (0, 0, 0), 0),
+        ("together", [("read", 1, (0, 0, 8192), 0), ("write", 1, (4, 1, 4096), 5), ("getattr", 1, (0, 0, 0), 0)]),
+    ]
+    play(Setting(policy, 16, blocking, True, True, 1), steps)

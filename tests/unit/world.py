@@ -1,0 +1,159 @@
+"""The stack of one mount without mount and transport: files, cache, writeback and file system over a real directory."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from backing.directory import DirectoryBacking
+from backing.faulty import FaultyBacking
+from cachefs.backingio import BackingIO
+from cachefs.cache import policy as policies
+from cachefs.cache.file import CachedFile
+from cachefs.cache.fill import Filler
+from cachefs.cache.page import GROUP_SHIFT, PAGE_SIZE
+from cachefs.cache.pagecache import PageCache
+from cachefs.descriptors import Descriptors
+from cachefs.files import Files
+from cachefs.fs import Caller, FileSystem
+from cachefs.inode import Inode, InodeTable
+from cachefs.writeback import Writeback
+
+T = TypeVar("T")
+CALLER = Caller(os.geteuid(), os.getegid(), 0o022)
+
+
+class SteppedIO(BackingIO):
+    """Calls to the backing that take a random number of turns of the event loop instead of a thread: same seed, same order."""
+
+    def __init__(self, backing: FaultyBacking, seed: int, most_turns: int = 6) -> None:
+        super().__init__(backing)
+        self.random = random.Random(seed)
+        self.most_turns = most_turns
+
+    async def in_thread(self, op: str, function: Callable[..., T], *args: object) -> T:
+        await trio.lowlevel.checkpoint()
+        with trio.CancelScope(shield=True):
+            await self._turns()
+            try:
+                result = function(*args)
+            except OSError:
+                await self._turns()
+                raise
+            await self._turns()
+            return result
+
+    async def _turns(self) -> None:
+        for _ in range(self.random.randrange(self.most_turns)):
+            await trio.lowlevel.checkpoint()
+
+
+class World:
+    """Everything that `Mount` builds, over `top`; `seed` puts SteppedIO in the place of threads."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        top: Path,
+        *,
+        pages: int = 64,
+        policy: str = "lru",
+        blocking: bool = False,
+        limit_pages: int | None = None,
+        background_pages: int | None = None,
+        expire_seconds: float = 5.0,
+        interval_seconds: float = 1.0,
+        readahead_pages: int = 4096,
+        ttl_seconds: float = 1.0,
+        seed: int | None = None,
+    ) -> None:
+        self.top = top
+        self.backing = FaultyBacking(DirectoryBacking(top, blocking=blocking))
+        self.io = BackingIO(self.backing) if seed is None else SteppedIO(self.backing, seed)
+        root_fd = self.backing.open_root()
+        self.table = InodeTable(self.backing.fstat(root_fd))
+        self.descriptors = Descriptors(self.io, self.table, root_fd, 64)
+        self.cache = PageCache(policies.make(policy, pages), pages, trio.current_time)
+        limit_pages = pages // 2 if limit_pages is None else limit_pages
+        background_pages = limit_pages // 2 if background_pages is None else background_pages
+        self.writeback = Writeback(
+            self.cache,
+            limit_bytes=limit_pages * PAGE_SIZE,
+            background_bytes=background_pages * PAGE_SIZE,
+            expire_seconds=expire_seconds,
+            interval_seconds=interval_seconds,
+            settled=self._settled,
+        )
+        self.changed: list[Inode] = []  # files that turned out to be changed underneath
+        self.filler = Filler(self.cache, nursery, self.writeback.need_room)
+        self.files = Files(
+            self.io, self.descriptors, self.cache, self.filler, self.writeback,
+            readahead_pages * PAGE_SIZE, ttl_seconds, self.changed.append,
+        )  # fmt: skip
+        self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
+
+    def _settled(self, inode: Inode) -> None:
+        self.files.data.settle(inode)
+        self.fs.drop(inode)
+
+    async def open(self, name: str, flags: int = os.O_RDWR) -> tuple[Inode, int]:
+        """The inode and a handle of a file, made if it is not there."""
+        try:
+            inode = await self.fs.lookup(self.table.root, name.encode())
+        except FileNotFoundError:
+            how = os.O_RDWR | os.O_CREAT
+            inode, opened = await self.fs.create(self.table.root, name.encode(), 0o100644, how, CALLER)
+            return inode, opened.number
+        return inode, (await self.files.open(inode, flags, 0)).number
+
+    async def release(self, number: int) -> None:
+        inode = self.files.handles[number].inode
+        await self.files.release(number)
+        self.fs.drop(inode)
+
+    async def read(self, number: int, offset: int, size: int) -> bytes:
+        return bytes(await self.files.read(number, offset, size))
+
+    async def shut(self) -> None:
+        """Lets go of every descriptor; the nursery is the caller's to cancel."""
+        for number in list(self.files.handles):
+            await self.release(number)
+        for inode in self.table:
+            for fd in {inode.reader, inode.writer, inode.fd} - {-1}:
+                self.backing.close(fd)
+        self.backing.inner.shutdown()
+
+    def check(self) -> None:
+        """Every invariant there is, and that no more is unwritten than may be."""
+        self.cache.check_invariants()
+        self.table.check()
+        assert self.writeback.unwritten_pages <= self.writeback.limit_pages
+        for inode in self.table:
+            assert not inode.unwritten or inode in self.writeback.dirty, "writeback does not know of dirty pages"
+
+
+def content(cache: PageCache, file: CachedFile, fd: int) -> bytes:
+    """What programs would read of the file, page by page from memory or the backing behind `fd`.
+
+    Asserts on the way that every clean page is equal to the backing's.
+    """
+    parts = []
+    for page in range(file.end_page):
+        offset = page * PAGE_SIZE
+        length = min(PAGE_SIZE, file.size - offset)
+        theirs = os.pread(fd, length, offset).ljust(length, b"\0")
+        group = file.groups.get(page >> GROUP_SHIFT)
+        bit = 1 << (page & 255)
+        if group is not None and group.uptodate & bit:
+            start = group.base + (page & 255) * PAGE_SIZE
+            ours = bytes(cache.arena.view[start : start + length])
+            assert (group.dirty | group.writeback) & bit or ours == theirs, f"clean page {page} is not the backing's"
+            parts.append(ours)
+        else:
+            parts.append(theirs)
+    return b"".join(parts)
