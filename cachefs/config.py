@@ -86,7 +86,7 @@ class Config:
     fault_plan: str | None
     read_only: bool
     allow_other: bool
-    mount_flags: frozenset[str]  # of MOUNT_FLAGS: those asked for, never two that contradict each other
+    mount_flags: frozenset[str]  # of MOUNT_FLAGS, suid and dev: those asked for, never two that contradict each other
     fsname: str | None
     log_level: str
 

@@ -314,20 +314,30 @@ class FileSystem:
         parent = self.directories[number].inode
         found: list[Inode | None] = [None] * len(names)
 
+        errors: list[OSError] = []
+
         async def look(i: int) -> None:
-            with contextlib.suppress(OSError):
+            try:
                 found[i] = await self.lookup(parent, names[i])
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                errors.append(error)
 
         if not self.backing.blocking:
             stats = await self.descriptors.at("lookup", parent, self._stat_all, names)
             for i, st in enumerate(stats):
                 if st is not None:
-                    inode = found[i] = self._found(parent, names[i], st)
-                    inode.lookups += 1
+                    made = found[i] = self._found(parent, names[i], st)
+                    made.lookups += 1
             return found
         async with trio.open_nursery() as nursery:
             for i in range(len(names)):
                 nursery.start_soon(look, i)
+        if errors:  # a directory that cannot be read must not look like an empty one
+            for inode in filter(None, found):
+                self.forget(inode.node, 1)
+            raise errors[0]
         return found
 
     def _stat_all(self, dirfd: int, names: Sequence[bytes]) -> list[os.stat_result | None]:
@@ -335,7 +345,7 @@ class FileSystem:
         for name in names:
             try:
                 found.append(self.backing.stat(dirfd, name))
-            except OSError:
+            except FileNotFoundError:
                 found.append(None)
         return found
 

@@ -87,16 +87,23 @@ def make_backing(config: Config) -> Backing:
     """The store that these settings describe, with its simulated faults and distance."""
     try:
         backing: Backing = DirectoryBacking(config.source, blocking=_is_distant(config))
-        if config.fault_plan:
-            backing = FaultyBacking(backing, config.fault_plan)
     except OSError as error:
         raise CachefsError(f"cannot open SOURCE {config.source}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CachefsError(f"bad fault plan {config.fault_plan}: {error}") from None
+    if config.fault_plan:
+        backing = _with_faults(backing, config.fault_plan)
     if config.simulate_latency_seconds or config.simulate_bandwidth_bytes_per_second:
         bandwidth = config.simulate_bandwidth_bytes_per_second or float("inf")
         backing = LatencyBacking(backing, config.simulate_latency_seconds, bandwidth)
     return backing
+
+
+def _with_faults(backing: Backing, plan: str) -> Backing:
+    try:
+        return FaultyBacking(backing, plan)
+    except OSError as error:
+        raise CachefsError(f"cannot open the fault plan {plan}: {error.strerror}") from None
+    except ValueError as error:
+        raise CachefsError(f"bad fault plan {plan}: {error}") from None
 
 
 def _is_distant(config: Config) -> bool:
@@ -358,7 +365,8 @@ class Mount:
                 try:
                     await self._unmount(lazy=False)
                 except OSError as error:
-                    await send({"error": f"{self.config.mountpoint}: {error.strerror}; close what is open there", "done": True})
+                    advice = "; close what is open there" if error.errno == errno.EBUSY else ""
+                    await send({"error": f"{self.config.mountpoint}: {error.strerror}{advice}", "done": True})
                     return
                 self._mark_stopping()
                 await self._finished.wait()

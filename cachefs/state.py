@@ -5,6 +5,7 @@ says whether a daemon is alive: it vanishes with the process however that ends.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -153,7 +154,8 @@ def make_private(directory: str) -> None:
         if status.st_mode & 0o077:
             os.chmod(directory, 0o700)
     except OSError as error:
-        raise CachefsError(f"can't use {directory}: {error.strerror}; give another with --state-dir") from None
+        reason = os.strerror(errno.ENOTDIR) if isinstance(error, FileExistsError) else error.strerror
+        raise CachefsError(f"can't use {directory}: {reason}; give another with --state-dir") from None
 
 
 def daemons() -> list[DaemonRecord]:

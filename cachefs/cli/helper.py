@@ -17,6 +17,8 @@ from cachefs.state import find_daemon
 
 USAGE = "mount.cachefs SOURCE MOUNTPOINT [-sfnv] [-o OPTIONS] [-t TYPE]"
 TYPES = ("cachefs", "fuse.cachefs", "fuse")
+# What mount(8) means without saying it: it passes on nosuid and nodev, but never suid and dev.
+MOUNT_8_DEFAULTS = "suid,dev"
 # mount(8) hands our exit status on, so it has to be one of its own.
 WRONG_INVOCATION, MOUNT_FAILURE = 1, 32
 
@@ -49,7 +51,7 @@ def _mount(arguments: Sequence[str]) -> int:
     if "-N" in given:
         raise UsageError("-N is not possible: run cachefs inside the namespace (nsenter)")
     _check_type([value for switch, value in switches if switch == "-t"])
-    words = [value for switch, value in switches if switch == "-o"]
+    words = [MOUNT_8_DEFAULTS, *(value for switch, value in switches if switch == "-o")]
     words += [word for switch, word in (("-r", "ro"), ("-w", "rw")) if switch in given]
     mounting = parse_mount_options(words, sloppy="-s" in given)
     return _do(_source_of(paths[0]), paths[1], mounting, fake="-f" in given)

@@ -9,8 +9,9 @@ from cachefs.errors import UsageError
 
 _NAMES = {option.name: option for option in OPTIONS}
 _ATIME_FLAGS = frozenset({"noatime", "relatime", "strictatime"})  # one of them at a time
+_ON_BY_DEFAULT = {"suid": "nosuid", "dev": "nodev"}  # as in every FUSE file system: only these words switch them off
 _NEGATIONS = {
-    "suid": "nosuid", "dev": "nodev", "exec": "noexec", "atime": "noatime", "diratime": "nodiratime",
+    **_ON_BY_DEFAULT, "exec": "noexec", "atime": "noatime", "diratime": "nodiratime",
     "norelatime": "relatime", "nostrictatime": "strictatime", "symfollow": "nosymfollow",
 }  # fmt: skip
 _IMPLIED_FLAGS = {
@@ -21,6 +22,7 @@ _IMPLIED_FLAGS = {
 _FOR_OTHERS = frozenset({
     "defaults", "auto", "noauto", "nouser", "nousers", "noowner", "nogroup", "_netdev", "nofail", "async", "nolazytime",
     "silent", "loud", "default_permissions", "comment", "uhelper", "helper",
+    "user_id", "group_id", "rootmode", "max_read", "blksize",  # the kernel's of a live mount: mount(8) repeats them to remount
 })  # fmt: skip
 _REFUSED = {
     "sync": "cachefs holds writes back: use fsync, or --dirty-expire 0s",
@@ -76,11 +78,14 @@ def _take_value(options: MountOptions, name: str, equals: str, value: str) -> No
 def _take_flag(options: MountOptions, key: str) -> bool:
     if key in MOUNT_FLAGS:
         options.flags -= _ATIME_FLAGS if key in _ATIME_FLAGS else set()
+        options.flags -= {word for word, flag in _ON_BY_DEFAULT.items() if flag == key}
         options.flags.add(key)
     elif key in _NEGATIONS:
         options.flags.discard(_NEGATIONS[key])
+        options.flags |= {key} & _ON_BY_DEFAULT.keys()
     elif key in _IMPLIED_FLAGS:
-        options.flags.update(_IMPLIED_FLAGS[key])
+        for flag in _IMPLIED_FLAGS[key]:
+            _take_flag(options, flag)
     else:
         return False
     return True
@@ -106,7 +111,13 @@ def changes_on_remount(recorded: Mapping[str, object], asked: Mapping[str, objec
     ]
     flags = recorded.get("mount_flags")
     old_flags = {str(flag) for flag in flags} if isinstance(flags, list | tuple) else set()
-    return changed + sorted((options.flags - {"relatime"}) ^ (old_flags - {"relatime"}))
+    return changed + sorted(_in_effect(options.flags) ^ _in_effect(old_flags))
+
+
+def _in_effect(flags: set[str]) -> set[str]:
+    """The flags that a mount has when it is asked for these."""
+    implied = {flag for word, flag in _ON_BY_DEFAULT.items() if word not in flags}
+    return (flags | implied) - {"relatime", *_ON_BY_DEFAULT}
 
 
 def _belongs(key: str, name: str) -> bool:

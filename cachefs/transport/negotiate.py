@@ -99,7 +99,9 @@ def unmount(mountpoint: str, lazy: bool = False) -> None:
     except subprocess.TimeoutExpired:
         raise OSError(errno.ETIMEDOUT, "fusermount3 does not answer") from None
     if done.returncode:
-        raise OSError(errno.EBUSY if "busy" in done.stderr else errno.EPERM, done.stderr.strip())
+        if "busy" in done.stderr:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        raise OSError(errno.EPERM, " ".join(done.stderr.split()) or f"fusermount3 exit status {done.returncode}")
 
 
 def _source_name(config: Config) -> str:

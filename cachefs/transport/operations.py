@@ -3,6 +3,7 @@
 import errno
 import functools
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from cachefs.inode import Inode
 from cachefs.statistics import Histogram
 
 log = logging.getLogger(__name__)
+REPLY_TO_NOBODY = f"fuse_reply_* failed with {os.strerror(errno.ENOENT)}"
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
 STATVFS_FIELDS = (
@@ -47,6 +49,11 @@ def request(method: F) -> F:
     return handler  # type: ignore[return-value]
 
 
+def wanted(record: logging.LogRecord) -> bool:
+    """Whether a message of pyfuse3 is of interest: not that a request was gone when its answer came, as at an unmount."""
+    return not record.getMessage().endswith(REPLY_TO_NOBODY)
+
+
 def caller(ctx: RequestContext) -> Caller:
     return Caller(ctx.uid, ctx.gid, ctx.umask)
 
@@ -67,6 +74,8 @@ class Operations(pyfuse3.Operations):
         self.on_init = on_init
         names = [name for name in dir(type(self)) if hasattr(getattr(type(self), name), "is_request")]
         self.durations = {name: Histogram() for name in names}
+
+        logging.getLogger("pyfuse3").addFilter(wanted)
 
     def init(self) -> None:
         self.on_init()
@@ -102,7 +111,14 @@ class Operations(pyfuse3.Operations):
 
     @request
     async def lookup(self, parent: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(await self.fs.lookup(self._inode(parent), name))
+        try:
+            return self._entry(await self.fs.lookup(self._inode(parent), name))
+        except FileNotFoundError:
+            if not self.fs.backing.blocking:
+                raise
+            nothing = EntryAttributes()  # inode 0: the kernel may believe for a while that there is none
+            nothing.entry_timeout = self.ttl_seconds
+            return nothing
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for node, lookups in inode_list:

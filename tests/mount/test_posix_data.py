@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+
 from twin import Twin, forked, inside, opened, outcome, read_file, write_file
 
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(60)]
@@ -111,7 +112,8 @@ def test_impossible_offsets_and_sizes_are_refused(twin: Twin) -> None:
             answers += [outcome(os.pwrite, fd, b"x", offset) for offset in (-1, top, top - 4096, 1 << 45)]
             answers += [outcome(os.ftruncate, fd, size) for size in (-1, top, 1 << 45)]
             answers += [outcome(os.truncate, "file", size) for size in (-1, top)]
-            answers += [outcome(os.lseek, fd, *where) for where in ((-1, os.SEEK_SET), (-5, os.SEEK_END), (0, 99), (7, os.SEEK_END))]
+            seeks = (-1, os.SEEK_SET), (-5, os.SEEK_END), (0, 99), (7, os.SEEK_END)
+            answers += [outcome(os.lseek, fd, *where) for where in seeks]
             answers += [outcome(os.write, fd, b"x"), os.pread(fd, 99, 0)]
         return answers, outcome(os.truncate, ".", 0), outcome(os.truncate, "missing", 0)
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from twin import Twin, forked, opened, outcome, write_file
 
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(60)]

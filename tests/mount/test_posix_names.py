@@ -3,15 +3,17 @@
 import os
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from twin import EXCHANGE, NOREPLACE, Twin, inside, opened, outcome, read_file, rename, tree, write_file
 
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(60)]
 
 LONG = b"n" * 255
-ODD_NAMES = [LONG, b"\xff\xfe not utf-8 \x80", b"new\nline", b"\x01\x1b[31m", "größe 文件".encode(), b" ", b"-rf", b"...", b"a\\b"]
+ODD_NAMES = [LONG, b"\xff\xfe not utf-8 \x80", b"new\nline", b"\x01\x1b[31m", "größe 文件".encode(), b" ", b"-rf", b"a\\b"]
 
 
 def make_one_of_each() -> None:
@@ -27,6 +29,11 @@ def make_one_of_each() -> None:
     os.link("file", "hard")
 
 
+def mode(look: Callable[[str], os.stat_result], path: str) -> object:
+    st = outcome(look, path)
+    return st if isinstance(st, str) else oct(st.st_mode)
+
+
 KINDS = ["file", "hard", "empty", "full", "link", "dangling", "loop", "fifo", "missing", "missing/x", "file/x", "full/inner"]
 RENAMED = ["file", "hard", "empty", "full", "link", "missing"]
 
@@ -34,8 +41,8 @@ RENAMED = ["file", "hard", "empty", "full", "link", "missing"]
 def test_lookup_finds_what_is_there_and_names_what_is_wrong_with_the_rest(twin: Twin) -> None:
     def steps() -> object:
         make_one_of_each()
-        paths = [*KINDS, "loop/x", "dangling/x", "full/../file", "full/.", "full/..", "file/.", "link/", "file/", "x" * 256, "", "full/"]
-        return [[outcome(lambda: os.stat(path).st_mode), outcome(lambda: os.lstat(path).st_mode)] for path in paths]
+        paths = [*KINDS, "loop/x", "dangling/x", "full/../file", "full/.", "full/..", "file/.", "link/", "file/", "full/"]
+        return [[mode(os.stat, path), mode(os.lstat, path)] for path in [*paths, "x" * 256, ""]]
 
     twin.same(steps)
 
@@ -51,12 +58,16 @@ def test_mkdir_rmdir_and_unlink_answer_as_ext4(twin: Twin) -> None:
     twin.same(steps)
 
 
+def open_and_close(path: str, flags: int) -> None:
+    os.close(os.open(path, flags))
+
+
 def test_open_create_mknod_symlink_and_link_answer_as_ext4(twin: Twin) -> None:
     def steps() -> object:
         make_one_of_each()
-        flags = [os.O_RDONLY, os.O_WRONLY, os.O_RDONLY | os.O_NOFOLLOW, os.O_RDONLY | os.O_DIRECTORY, os.O_RDWR | os.O_CREAT | os.O_EXCL]
+        flags = [os.O_RDONLY, os.O_WRONLY, os.O_NOFOLLOW, os.O_DIRECTORY, os.O_RDWR | os.O_CREAT | os.O_EXCL]
         kinds = [path for path in KINDS if path != "fifo"]  # opening one waits for the other end
-        answers = [outcome(lambda: os.close(os.open(path, how))) for path in kinds for how in flags]
+        answers = [outcome(open_and_close, path, how) for path in kinds for how in flags]
         answers += [outcome(os.symlink, "target", path) for path in KINDS]
         answers += [outcome(os.mknod, path, stat.S_IFREG | 0o600) for path in KINDS]
         answers += [outcome(os.link, "file", path) for path in KINDS]
@@ -86,7 +97,8 @@ def test_rename_of_every_kind_over_every_kind_answers_as_ext4(twin: Twin, flags:
 def test_rename_of_a_directory_into_itself_is_refused(twin: Twin) -> None:
     def steps() -> object:
         os.makedirs("a/b/c")
-        pairs = [("a", "a/b"), ("a", "a/b/c/d"), ("a/b", "a"), ("a/b/c", "a"), ("a", "a"), ("a/.", "x"), ("a/b/..", "x"), ("a", "a/b/.")]
+        pairs = [("a", "a/b"), ("a", "a/b/c/d"), ("a/b", "a"), ("a/b/c", "a"), ("a", "a")]
+        pairs += [("a/.", "x"), ("a/b/..", "x"), ("a", "a/b/.")]
         return [outcome(rename, old, new, flags) for old, new in pairs for flags in (0, EXCHANGE)]
 
     assert twin.same(steps)[0] == "EINVAL"
@@ -191,7 +203,8 @@ def test_names_of_256_bytes_are_too_long_for_every_operation(twin: Twin) -> None
         name = b"n" * 256
         calls = [os.stat, os.mkdir, os.mkfifo, os.unlink, os.rmdir, os.readlink, write_file]
         answers = [outcome(call, name) for call in calls]
-        answers += [outcome(os.link, b"a", name), outcome(os.symlink, b"a", name), outcome(rename, b"a", name), outcome(rename, name, b"a")]
+        answers += [outcome(call, b"a", name) for call in (os.link, os.symlink, rename)]
+        answers.append(outcome(rename, name, b"a"))
         return answers
 
     assert set(twin.same(steps)) == {"ENAMETOOLONG"}

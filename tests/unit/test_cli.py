@@ -251,9 +251,9 @@ def test_mount_options_are_options_flags_and_words_for_others() -> None:
 @pytest.mark.parametrize(
     ("words", "flags"),
     [
-        ("nosuid,suid", set()), ("suid,nosuid", {"nosuid"}), ("user", {"nosuid", "nodev", "noexec"}),
+        ("nosuid,suid", {"suid"}), ("suid,nosuid", {"nosuid"}), ("user", {"nosuid", "nodev", "noexec"}),
         ("user,exec", {"nosuid", "nodev"}), ("noatime,relatime", {"relatime"}), ("noatime,atime", set()),
-        ("owner,dev", {"nosuid"}), ("user=bob", {"nosuid", "nodev", "noexec"}),
+        ("owner,dev", {"nosuid", "dev"}), ("user=bob", {"nosuid", "nodev", "noexec"}),
     ],
 )  # fmt: skip
 def test_later_flags_win(words: str, flags: set[str]) -> None:
@@ -290,8 +290,11 @@ def test_the_helper_mounts_as_mount_8_asks(cachefs: Cachefs, tmp_path: Path) -> 
     (record,) = state.daemons()
     assert record.source == str(tmp_path / "source")
     assert (record.config["cache_size_bytes"], record.config["fsname"]) == (8 << 20, "data")
-    assert record.config["mount_flags"] == ["noatime"]
-    for words, status in (("remount,rw,noatime,cache_size=8M", 0), ("remount,ro,noatime", 32), ("remount", 32)):
+    assert record.config["mount_flags"] == ["dev", "noatime", "suid"]
+    for words, status in (
+        ("remount,rw,noatime,cache_size=8M", 0), ("remount,rw,noatime,user_id=0,group_id=0,allow_other", 0),
+        ("remount,ro,noatime", 32), ("remount,noatime,nosuid", 32), ("remount", 32),
+    ):  # fmt: skip
         assert cachefs("serve", "helper", source, "mountpoint", "-o", words).returncode == status
     refused = cachefs("serve", "helper", source, "mountpoint", "-o", "remount,ro,cache_size=9M,noatime")
     assert refused.stderr.startswith("cachefs: ro/rw, cache_size can't be changed while mounted: first run cachefs umount")

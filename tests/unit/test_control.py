@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from cachefs import control
 from cachefs.control import ConnectionLost, Handler, NoAnswer, Send
@@ -40,7 +41,33 @@ async def say_nothing(request: Mapping[str, object], send: Send) -> None:
     pass
 
 
+async def answer_while_reporting(request: Mapping[str, object], send: Send) -> None:
+    """Sends its last message when another task, which is cancelled, is about to send, sends or has just sent."""
+    due = trio.Event()
+
+    async def report() -> None:
+        await due.wait()
+        await send({"dirty_bytes": 1})
+
+    steps = request["steps"]
+    assert isinstance(steps, int)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(report)
+        await trio.testing.wait_all_tasks_blocked()
+        due.set()
+        for _ in range(steps):
+            await trio.lowlevel.checkpoint()
+        if request["cancel"]:
+            nursery.cancel_scope.cancel()
+        else:
+            await send({"done": True, "unwritten": []})
+            nursery.cancel_scope.cancel()
+    if request["cancel"]:
+        await send({"done": True, "unwritten": []})
+
+
 HANDLERS: dict[str, Handler] = {
+    "answer_while_reporting": answer_while_reporting,
     "echo": echo,
     "count": count,
     "refuse": refuse,
@@ -100,6 +127,18 @@ def test_an_error_reaches_the_client_as_one(tmp_path: Path, command: str, words:
     async def client() -> None:
         with pytest.raises(CachefsError, match=words):
             await ask(tmp_path / "s", {"command": command})
+
+    with_server(tmp_path / "s", client)
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+def test_the_last_message_is_never_lost_to_progress_of_another_task(tmp_path: Path, cancel: bool) -> None:
+    async def client() -> None:
+        for steps in (0, 1, 2, 3) * 8:  # trio lets tasks that are due at once run in random order
+            message = {"command": "answer_while_reporting", "steps": steps, "cancel": cancel}
+            replies = await ask(tmp_path / "s", message)
+            assert replies[-1] == {"done": True, "unwritten": []}
+            assert all(reply == {"dirty_bytes": 1} for reply in replies[:-1])
 
     with_server(tmp_path / "s", client)
 

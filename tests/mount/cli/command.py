@@ -18,6 +18,19 @@ from cachefs import mountinfo
 
 ROOT = Path(__file__).parents[3]
 DEADLINE_SECONDS = 60.0
+NOBODY = 65534
+CACHEFS = "from cachefs.cli import main; main()"
+# A user may not be able to read this Python and this project, so they are loaded before root becomes one. A process that
+# changes its user loses its own /proc entries, which execve() would have given back.
+CACHEFS_AS_NOBODY = f"""
+import ctypes, os
+import encodings.ascii, encodings.idna
+from cachefs.cli import main
+import cachefs.mount
+os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
+ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE
+main()
+"""
 POLL_SECONDS = 0.01
 Done = subprocess.CompletedProcess[str]
 
@@ -62,12 +75,17 @@ class Command:
         """What keeps a mount apart from all others."""
         return ["--state-dir", str(self.base / "state"), "--metrics", "127.0.0.1:0"]
 
-    def words(self, *arguments: object, program: str = "cachefs") -> list[str]:
-        return [sys.executable, "-m", program, *map(str, arguments)]
+    def words(self, *arguments: object, program: str = CACHEFS) -> list[str]:
+        return [sys.executable, "-c", program, *map(str, arguments)]
 
-    def run(self, *arguments: object, timeout: float = DEADLINE_SECONDS, **more: Any) -> Done:
+    def run(self, *arguments: object, program: str = CACHEFS, timeout: float = DEADLINE_SECONDS, **more: Any) -> Done:
         """The command, to its end."""
-        return self.call(*self.words(*arguments), timeout=timeout, **more)
+        return self.call(*self.words(*arguments, program=program), timeout=timeout, **more)
+
+    def give_to_nobody(self) -> None:
+        """Makes SOURCE, MOUNTPOINT and what the daemon keeps the property of the user of CACHEFS_AS_NOBODY."""
+        for directory in (self.source, self.path, self.directory("run"), self.directory("state")):
+            os.chown(directory, NOBODY, NOBODY)
 
     def call(self, *words: str | Path, timeout: float = DEADLINE_SECONDS, **more: Any) -> Done:
         """Any program, with the environment that the command has."""

@@ -23,7 +23,7 @@ def write_tree(root: Path, nbytes: int) -> None:
     for name in ("empty", "a b", "-x", "new\nline", "ü", "*", "x" * 255):
         (root / name).write_text(name)
     with open(root / "sparse", "wb") as file:
-        os.pwrite(file.fileno(), b"end", 50_000_000)
+        os.pwrite(file.fileno(), b"end", 20_000_000)
     (root / "link").symlink_to("d0/e0/f0")
     (root / "dangling").symlink_to("/nowhere")
     os.link(root / "a b", root / "second name")
@@ -34,10 +34,9 @@ def write_tree(root: Path, nbytes: int) -> None:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """By rsync's checksums, modes, times and links, and by diff."""
+    """By rsync's checksums, modes, times and links."""
     words = ("rsync", "--archive", "--hard-links", "--checksum", "--dry-run", "--itemize-changes", "--delete")
     assert run(*words, f"{one}/", f"{other}/") == ""
-    run("diff", "-r", "--no-dereference", one, other)
 
 
 def test_tree_survives_tar_and_rsync(program_mount: ProgramMount, tmp_path: Path) -> None:
@@ -50,6 +49,7 @@ def test_tree_survives_tar_and_rsync(program_mount: ProgramMount, tmp_path: Path
     run("tar", "--extract", "--preserve-permissions", "--file", copies / "archive.tar", "--directory", copies / "two")
     assert_same(tree, copies / "one")
     assert_same(copies / "one", copies / "two")
+    run("diff", "-r", "--no-dereference", tree, copies / "two")
     program_mount.sync()
     assert_same(tree, program_mount.source / "one")
     program_mount.unmount()

@@ -8,7 +8,7 @@ from running import ProgramMount, run
 
 pytestmark = pytest.mark.mount
 
-DIRECTORIES, FILES_EACH, COMMITS = 30, 30, 6
+DIRECTORIES, FILES_EACH, COMMITS = 20, 30, 6
 IDENTITY = {
     "GIT_AUTHOR_NAME": "A", "GIT_AUTHOR_EMAIL": "a@example.org", "GIT_COMMITTER_NAME": "A",
     "GIT_COMMITTER_EMAIL": "a@example.org", "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null",
@@ -32,7 +32,7 @@ def test_repository_of_a_few_thousand_objects(program_mount: ProgramMount) -> No
     repository.mkdir()
     git(repository, "init", "--quiet")
     for number in range(COMMITS):
-        write_files(repository, chance, 1.0 if number == 0 else 0.3)
+        write_files(repository, chance, 1.0 if number == 0 else 0.5)
         git(repository, "add", "--all")
         git(repository, "commit", "--quiet", "--message", f"commit {number}")
     git(repository, "checkout", "--quiet", "-b", "side", "HEAD~2")
