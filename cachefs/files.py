@@ -24,14 +24,22 @@ from cachefs.source import DataDescriptors, FileSource
 from cachefs.writeback import Writeback
 
 CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of file times, so that ours and the backing's do not cross
+CLOCK_AHEAD_NS = 20_000_000  # more than a tick of the coarse clock
 EXTEND_AT_ONCE_BYTES = 1 << 40  # a write that ends beyond this finds out now whether the backing can hold such a file
 DIRTY_CLOSED_MAX = 2048  # files closed but not written out yet; each keeps a descriptor
 STAT_TRIES = 3
 SET_ID = stat.S_ISUID | stat.S_ISGID
+NO_GROUPS: frozenset[int] = frozenset()
 
 
-def now_ns() -> int:
-    return time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+def now_ns(inode: Inode) -> int:
+    """The time of a change to the file now, not before that of its last one.
+
+    The backing may take times from a finer clock; CLOCK_AHEAD_NS bounds what of that is not a clock that was set back.
+    """
+    now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+    last = max(inode.ctime_shown[1], inode.st.st_ctime_ns)
+    return last if now < last < now + CLOCK_AHEAD_NS else now
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,7 @@ class Opened:
 
     number: int
     unchanged: bool  # since the kernel may last have cached pages of it
+    attributes_changed: bool  # since the kernel may last have been told
 
 
 class Files:
@@ -91,6 +100,7 @@ class Files:
         signature = signature_of(st)
         if signature != inode.signature:
             inode.signature = signature
+            inode.changes += 1
             self.cache.invalidate(file)
             self.cache.truncate(file, st.st_size)
             self.changed(inode)
@@ -138,7 +148,7 @@ class Files:
 
     # --- open and close ------------------------------------------------------------------------------------------------
 
-    async def open(self, inode: Inode, flags: int, uid: int) -> Opened:
+    async def open(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS) -> Opened:
         """A handle. On a backing far away, a file whose attributes are fresh is opened there when it is first needed."""
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         inode.opens += 1
@@ -147,24 +157,28 @@ class Files:
                 await self.data.writer(inode)
             elif not self.io.backing.blocking:
                 await self.data.reader(inode)
-            signature, known = inode.signature, inode.file is not None
+            before, known = signature_of(inode.st), inode.file is not None
             if not self.believed(inode):
                 await self.refresh(inode)
+            changed = before != signature_of(inode.st)
             self._ensure_file(inode)
             if flags & os.O_TRUNC:
-                await self.truncate(inode, 0, uid)
+                await self.truncate(inode, 0, uid, gids)
         except BaseException:
             inode.opens -= 1
             self.data.settle(inode)
             raise
-        return Opened(self._new_handle(inode, writable, uid), known and signature == inode.signature)
+        # A look-up may have noticed a change before, and the kernel's pages may not be gone yet.
+        unchanged = known and inode.changes == inode.changes_told
+        inode.changes_told = inode.changes
+        return Opened(self._new_handle(inode, flags, uid, gids), unchanged, changed)
 
-    def open_created(self, inode: Inode, fd: int, uid: int) -> Opened:
+    def open_created(self, inode: Inode, fd: int, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS) -> Opened:
         """A handle on a file just created, with the descriptor it was created with."""
         inode.opens += 1
         self.data.created(inode, fd)
         self._ensure_file(inode)
-        return Opened(self._new_handle(inode, True, uid), True)
+        return Opened(self._new_handle(inode, flags, uid, gids), True, False)
 
     def _ensure_file(self, inode: Inode) -> CachedFile:
         if inode.file is None:
@@ -172,9 +186,9 @@ class Files:
             inode.signature = signature_of(inode.st)
         return inode.file
 
-    def _new_handle(self, inode: Inode, writable: bool, uid: int) -> int:
+    def _new_handle(self, inode: Inode, flags: int, uid: int, gids: frozenset[int]) -> int:
         self._last_handle += 1
-        self.handles[self._last_handle] = Handle(inode, writable, uid)
+        self.handles[self._last_handle] = Handle(inode, flags, uid, gids)
         return self._last_handle
 
     async def flush(self, number: int) -> None:
@@ -246,12 +260,12 @@ class Files:
         if file is None or not data:
             return 0
         if handle.uid and inode.st.st_mode & SET_ID:
-            await self.kill_set_id(inode)
+            await self.kill_set_id(inode, handle.gids)
         if offset + len(data) > EXTEND_AT_ONCE_BYTES and offset + len(data) > inode.st.st_size:
             await self._extend(inode, offset + len(data))
         if self.writeback.must_throttle(len(data)):
             await self.writeback.throttle(len(data))
-        now = now_ns()
+        now = now_ns(inode)
         inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
 
         def dirtied() -> None:
@@ -259,6 +273,8 @@ class Files:
             self.writeback.note(inode)
 
         await self.filler.write(file, offset, data, dirtied)
+        if handle.synchronous:
+            await self.fsync(number, True)
         return len(data)
 
     async def _extend(self, inode: Inode, size: int) -> None:
@@ -266,11 +282,11 @@ class Files:
             if size > inode.st.st_size:  # else somebody has gone further while we waited
                 await self._truncate_backing(inode, max(size, inode.file.size if inode.file else 0))
 
-    async def truncate(self, inode: Inode, size: int, uid: int) -> None:
+    async def truncate(self, inode: Inode, size: int, uid: int, gids: frozenset[int]) -> None:
         async with inode.lock:
             await self.truncate_locked(inode, size)
         if uid and inode.st.st_mode & SET_ID:
-            await self.kill_set_id(inode)
+            await self.kill_set_id(inode, gids)
 
     async def truncate_locked(self, inode: Inode, size: int) -> None:
         """Cuts or grows the file, the backing's at once. Under `inode.lock`, so nothing of it is in writeback."""
@@ -293,12 +309,15 @@ class Files:
             self.cache.truncate(inode.file, size)
         await self.readopt(inode)
 
-    async def kill_set_id(self, inode: Inode) -> None:
-        """A write or truncate by somebody who is not root takes set-user-id, and set-group-id of programs, away."""
+    async def kill_set_id(self, inode: Inode, gids: frozenset[int]) -> None:
+        """A write or truncate by somebody who is not root takes set-user-id away, and set-group-id as well.
+
+        Not from a file that is no program if the writer is in its group (setattr_should_drop_sgid in the kernel's fs/attr.c).
+        """
         mode = inode.st.st_mode
         drop = mode & stat.S_ISUID
-        if mode & stat.S_ISGID and mode & stat.S_IXGRP:
-            drop |= stat.S_ISGID
+        if mode & stat.S_IXGRP or inode.st.st_gid not in gids:
+            drop |= mode & stat.S_ISGID
         if drop:
             await self.descriptors.at("chmod", inode, self.io.backing.chmod, stat.S_IMODE(mode & ~drop))
             await self.readopt(inode)

@@ -33,6 +33,7 @@ class Caller:
     uid: int
     gid: int
     umask: int
+    gids: frozenset[int] = frozenset()  # all groups, as far as it matters
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class FileSystem:
         if inode.is_dir or not self.files.believed(inode):  # what changes in a directory changes it too, unnoticed here
             await self.files.refresh(inode)
 
-    async def setattr(self, inode: Inode, changes: Changes, uid: int) -> None:
+    async def setattr(self, inode: Inode, changes: Changes, uid: int, gids: frozenset[int] = frozenset()) -> None:
         async with inode.lock:
             if changes.size is not None:
                 await self.files.truncate_locked(inode, changes.size)
@@ -135,7 +136,7 @@ class FileSystem:
                 if changes.mtime_ns is not None:
                     inode.mtime_ns = changes.mtime_ns
         if changes.size is not None and uid and inode.st.st_mode & SET_ID:
-            await self.files.kill_set_id(inode)
+            await self.files.kill_set_id(inode, gids)
 
     async def _chmod(self, inode: Inode, mode: int) -> None:
         if mode & SET_ID and inode.unwritten:
@@ -200,7 +201,7 @@ class FileSystem:
             if flags & os.O_EXCL:
                 raise
             inode = await self.lookup(parent, name)
-            return inode, await self.files.open(inode, flags, caller.uid)
+            return inode, await self.files.open(inode, flags, caller.uid, caller.gids)
         try:
             if (caller.uid, caller.gid) != self._user:
                 gid = await self._group_for(parent, caller)
@@ -214,7 +215,7 @@ class FileSystem:
             raise
         inode = self._found(parent, name, st)
         inode.lookups += 1
-        return inode, self.files.open_created(inode, fd, caller.uid)
+        return inode, self.files.open_created(inode, fd, flags, caller.uid, caller.gids)
 
     async def link(self, inode: Inode, parent: Inode, name: bytes) -> Inode:
         def link(fd: int, dirfd: int) -> None:

@@ -1,5 +1,7 @@
 """Open files and directories: what belongs to one open(2) and not to the inode."""
 
+import os
+
 from cachefs.cache.readahead import Readahead
 from cachefs.inode import Inode
 
@@ -7,12 +9,14 @@ from cachefs.inode import Inode
 class Handle:
     """An open regular file."""
 
-    __slots__ = ("errors_seen", "inode", "last_page", "readahead", "uid", "writable")
+    __slots__ = ("errors_seen", "gids", "inode", "last_page", "readahead", "synchronous", "uid", "writable")
 
-    def __init__(self, inode: Inode, writable: bool, uid: int) -> None:
+    def __init__(self, inode: Inode, flags: int, uid: int, gids: frozenset[int]) -> None:
         self.inode = inode
-        self.writable = writable
+        self.writable = flags & os.O_ACCMODE != os.O_RDONLY
+        self.synchronous = bool(flags & os.O_DSYNC)  # O_SYNC has that bit too: a write returns when it is durable
         self.uid = uid  # who opened it: READ and WRITE do not say who asks
+        self.gids = gids  # the groups that one was in
         self.readahead = Readahead()
         self.last_page = -1  # where the last read ended
         self.errors_seen = inode.error_count  # failures of writeback before this are not this handle's to report

@@ -33,9 +33,9 @@ class Inode:
     """
 
     __slots__ = (
-        "_lock", "busy", "checked_at", "children", "ctime_shown", "epoch", "error_count", "error_errno", "fd", "fd_busy", "file",
-        "handle", "key", "lookups", "mtime_ns", "names", "node", "opens", "reader", "retry_at",
-        "retry_seconds", "signature", "st", "unlinked", "writer",
+        "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "epoch", "error_count",
+        "error_errno", "fd", "fd_busy", "file", "handle", "key", "lookups", "mtime_ns", "names", "node", "opens",
+        "reader", "retry_at", "retry_seconds", "signature", "st", "unlinked", "writer",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -52,6 +52,7 @@ class Inode:
         self.st = st  # the backing's attributes when last seen
         self.signature = signature_of(st)  # of the contents that the cached pages are of
         self.checked_at = 0.0
+        self.changes = self.changes_told = 0  # made by others: noticed so far, and when the kernel last opened it
         self.epoch = 0  # grows with every change we make, so that attributes read meanwhile are known to be stale
         self.mtime_ns = 0  # of our own last write; meaningful while file.unwritten
         self.ctime_shown = (0, 0)  # (backing's ctime, the one to show instead): writeback must not be seen as a change

@@ -69,7 +69,7 @@ def is_dead(mountpoint: str) -> bool:
     try:
         os.statvfs(mountpoint)  # always asks the daemon, where stat() may be answered from attributes that the kernel kept
     except OSError as error:
-        return error.errno == errno.ENOTCONN
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)  # the second while the daemon is dying
     return False
 
 

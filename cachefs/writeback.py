@@ -93,15 +93,23 @@ class Writeback:
         start = self.cache.clock()
         free = (self.background_pages + self.limit_pages) // 2
         self.kick()
-        level = self._level_after(nbytes)
-        if self._speed and free < level <= self.limit_pages:
-            # Twice the backing's speed just above `free`, falling to nothing at the limit.
-            rate = 2 * self._speed * (self.limit_pages - level + 1) / (self.limit_pages - free + 1)
-            await trio.sleep(min(nbytes / rate, PAUSE_MOST_SECONDS))
-        while self._level_after(nbytes) > self.limit_pages:
-            self.need_room()
-            await self.cache.room.park()
+        while (level := self._level_after(nbytes)) > free:
+            if level > self.limit_pages:
+                self.need_room()
+                await self.cache.room.park()
+                continue
+            left = self._pause_seconds(nbytes, level - free, self.limit_pages - free) - (self.cache.clock() - start)
+            if left <= 0:
+                break
+            with trio.move_on_after(left):  # or until a batch is done: the level is another one then
+                await self.cache.room.park()
         self.throttle_seconds += self.cache.clock() - start
+
+    def _pause_seconds(self, nbytes: int, above: int, most: int) -> float:
+        """For a writer of `nbytes`: twice the backing's speed where throttling begins, falling to nothing at the limit."""
+        if not self._speed:
+            return 0.0
+        return min(nbytes / (2 * self._speed * (most - above + 1) / (most + 1)), PAUSE_MOST_SECONDS)
 
     def check_stuck(self) -> None:
         """Raises the error that keeps the data of every dirty file from being written, if that is so."""

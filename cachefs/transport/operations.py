@@ -1,8 +1,10 @@
 """The FUSE side: pyfuse3 requests become calls of `FileSystem` and `Files`, errors become errnos, and nothing more."""
 
+import contextlib
 import errno
 import functools
 import logging
+import stat
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -55,7 +57,17 @@ def wanted(record: logging.LogRecord) -> bool:
 
 
 def caller(ctx: RequestContext) -> Caller:
-    return Caller(ctx.uid, ctx.gid, ctx.umask)
+    return Caller(ctx.uid, ctx.gid, ctx.umask, frozenset((ctx.gid,)))
+
+
+def groups_of(ctx: RequestContext, inode: Inode) -> frozenset[int]:
+    """The caller's groups; the supplementary ones cost a look into /proc and are asked for only where they decide anything."""
+    if not ctx.uid or inode.st.st_mode & (stat.S_ISGID | stat.S_IXGRP) != stat.S_ISGID:
+        return frozenset((ctx.gid,))
+    try:
+        return frozenset((ctx.gid, *pyfuse3.get_sup_groups(ctx.pid)))
+    except (OSError, RuntimeError):  # it is gone, or in another pid namespace
+        return frozenset((ctx.gid,))
 
 
 class Operations(pyfuse3.Operations):
@@ -146,7 +158,7 @@ class Operations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        await self.fs.setattr(inode, changes, ctx.uid)
+        await self.fs.setattr(inode, changes, ctx.uid, groups_of(ctx, inode))
         return self._entry(inode)
 
     @request
@@ -229,7 +241,12 @@ class Operations(pyfuse3.Operations):
 
     @request
     async def open(self, node: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        return self._info(await self.files.open(self._inode(node), flags, ctx.uid))
+        inode = self._inode(node)
+        opened = await self.files.open(inode, flags, ctx.uid, groups_of(ctx, inode))
+        if opened.attributes_changed:  # or the kernel would go on with the size it knows until its time is over
+            with contextlib.suppress(OSError):
+                pyfuse3.invalidate_inode(node, attr_only=True)  # waits for nobody: it touches no pages
+        return self._info(opened)
 
     @request
     async def create(

@@ -92,7 +92,8 @@ def test_only_owners_remove_from_a_sticky_directory(twin: Twin) -> None:
 
 @pytest.mark.parametrize("mode", [0o6777, 0o6767, 0o4777, 0o2777, 0o2767])
 @pytest.mark.parametrize("user", [0, OTHER], ids=["root", "other"])
-def test_set_id_bits_go_when_others_than_root_write_or_truncate(twin: Twin, mode: int, user: int) -> None:
+@pytest.mark.parametrize("group", [0, OTHER], ids=["in-no-group-of-its-writer", "in-its-writers-group"])
+def test_set_id_bits_go_when_others_than_root_write_or_truncate(twin: Twin, mode: int, user: int, group: int) -> None:
     def write(how: int = 0) -> None:
         with opened("file", os.O_WRONLY | how) as fd:
             os.write(fd, b"x")
@@ -106,9 +107,8 @@ def test_set_id_bits_go_when_others_than_root_write_or_truncate(twin: Twin, mode
         changes: list[Callable[[], Any]] = [write, lambda: write(os.O_TRUNC), lambda: write(os.O_APPEND), ftruncate]
         for change in [*changes, lambda: os.truncate("file", 2), lambda: os.stat("file")]:
             write_file("file", b"contents", mode)
-            if not mode & stat.S_IXGRP:  # to members of the group this is the mark of mandatory locking, which stays
-                os.chown("file", 0, user)
-                os.chmod("file", mode)
+            os.chown("file", 0, group)
+            os.chmod("file", mode)
             answer = as_user(user, change) if user else outcome(change)
             seen += [answer if isinstance(answer, str) else None, oct(os.stat("file").st_mode)]
         return seen

@@ -226,7 +226,7 @@ def test_what_fsync_returned_for_is_in_source(twin: Twin) -> None:
 
 
 def test_what_changed_in_source_is_seen_at_open(twin: Twin) -> None:
-    for size in (3, 100_000, 50_000, 100_000):
+    for size in (3, 100_000, 50_000, 100_000) * 20:
         contents = os.urandom(size)
         (twin.source / "file").write_bytes(contents)
         assert (twin.mounted / "file").read_bytes() == contents

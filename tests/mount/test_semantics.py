@@ -22,6 +22,7 @@ from mounts import Factory, Mount, wait_until
 from twin import NOBODY, as_user, opened, outcome
 
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(90)]
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away, makes devices and acts for others")
 
 PAGE = 4096
 RDWR_CREAT = os.O_RDWR | os.O_CREAT
@@ -103,6 +104,7 @@ def test_a_write_is_seen_by_others_at_once_and_is_in_source_later(mounted: Facto
     assert (mount.source / "file").read_bytes() == b"acknowledged"
 
 
+@as_root
 def test_all_but_file_data_is_in_source_at_once(mounted: Factory) -> None:
     mount = mounted(*LATER)
     ours, theirs = mount.path, mount.source
@@ -325,6 +327,7 @@ def test_a_write_reaches_us_before_it_returns_in_every_mode(mounted: Factory, mo
 # --- who may do what
 
 
+@as_root
 def test_a_mount_without_allow_other_is_closed_to_others_even_to_files_that_are_open_to_all(mounted: Factory) -> None:
     mount = mounted("--no-allow-other")
     (mount.source / "file").write_bytes(b"x")
@@ -333,6 +336,7 @@ def test_a_mount_without_allow_other_is_closed_to_others_even_to_files_that_are_
     assert os.stat(mount.path / "file").st_size == 1
 
 
+@as_root
 def test_devices_and_set_id_programs_have_no_effect_unless_asked_for(mounted: Factory) -> None:
     mount = mounted()
     os.mknod(mount.path / "null", 0o20666, os.makedev(1, 3))
@@ -385,22 +389,24 @@ def test_what_is_not_supported_is_refused_with_its_errno(mounted: Factory) -> No
     assert done.stdout == "0\n", "time of birth"
 
 
-@pytest.mark.parametrize("mode", ["open", "keep"])
+@pytest.mark.parametrize("mode", ["off", "open", "keep"])
 @pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC], ids=["O_SYNC", "O_DSYNC"])
-def test_a_write_through_o_sync_is_in_source_when_the_kernel_caches(mounted: Factory, mode: str, flag: int) -> None:
+def test_a_write_through_o_sync_is_in_source_when_it_returns(mounted: Factory, mode: str, flag: int) -> None:
     mount = mounted(*LATER, kernel_cache=mode)
     with opened(os.fspath(mount.path / "file"), RDWR_CREAT | flag) as fd:
         os.write(fd, b"synchronous")
         assert (mount.source / "file").read_bytes() == b"synchronous"
+    with opened(os.fspath(mount.path / "file"), os.O_WRONLY | flag) as fd:
+        os.pwrite(fd, b"SYN", 0)
+        assert (mount.source / "file").read_bytes() == b"SYNchronous"
 
 
-@pytest.mark.xfail(strict=True, reason="in mode off the kernel leaves O_SYNC to us, and we do not heed it")
-@pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC], ids=["O_SYNC", "O_DSYNC"])
-def test_a_write_through_o_sync_is_in_source_in_mode_off(mounted: Factory, flag: int) -> None:
-    mount = mounted(*LATER)
-    with opened(os.fspath(mount.path / "file"), RDWR_CREAT | flag) as fd:
-        os.write(fd, b"synchronous")
-        assert (mount.source / "file").read_bytes() == b"synchronous"
+@pytest.mark.parametrize(("mode", "there"), [("off", b""), ("open", b"data"), ("keep", b"data")])
+def test_rwf_dsync_is_heeded_where_the_kernel_caches(mounted: Factory, mode: str, there: bytes) -> None:
+    mount = mounted(*LATER, kernel_cache=mode)
+    with opened(os.fspath(mount.path / "file"), RDWR_CREAT) as fd:
+        os.pwritev(fd, [b"data"], 0, os.RWF_DSYNC)
+        assert (mount.source / "file").read_bytes() == there
 
 
 def test_msync_puts_a_mapping_into_source(mounted: Factory) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import trio
 
-from cachefs import control, daemon, preflight
+from cachefs import controlserver, daemon, preflight
 from cachefs.cli import helper, main
 from cachefs.config import Config
 from cachefs.errors import CachefsError
@@ -37,17 +37,17 @@ async def _serve(config: Config, state: State, ready: daemon.Ready) -> int:
     unwritten = [UNWRITTEN] if behaviour == "unwritten" else []
     stopped = trio.Event()
 
-    async def status(request: Mapping[str, object], send: control.Send) -> None:
+    async def status(request: Mapping[str, object], send: controlserver.Send) -> None:
         await send({"done": True, "mountpoint": config.mountpoint, "metrics": None, "statistics": {"uptime_seconds": 1.5}})
 
-    async def write_out(request: Mapping[str, object], send: control.Send) -> None:
+    async def write_out(request: Mapping[str, object], send: controlserver.Send) -> None:
         await send({"dirty_bytes": 8192})
         await send({"done": True, "unwritten": unwritten})
         if request["command"] == "umount":
             stopped.set()
 
     async with trio.open_nursery() as nursery:
-        await nursery.start(control.serve, state.socket_path, {"status": status, "umount": write_out, "sync": write_out})
+        await nursery.start(controlserver.serve, state.socket_path, {"status": status, "umount": write_out, "sync": write_out})
         ready({"metrics": "http://127.0.0.1:1/metrics"})
         await stopped.wait()
         daemon.stopping(state)

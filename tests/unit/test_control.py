@@ -12,8 +12,9 @@ import pytest
 import trio
 import trio.testing
 
-from cachefs import control
-from cachefs.control import ConnectionLost, Handler, NoAnswer, Send
+from cachefs import control, controlserver
+from cachefs.control import ConnectionLost, NoAnswer
+from cachefs.controlserver import Handler, Send
 from cachefs.errors import CachefsError
 
 Reply = dict[str, object]
@@ -82,7 +83,7 @@ def with_server(path: Path, client: Callable[[], Awaitable[object]], handlers: M
     async def main() -> None:
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
-                await nursery.start(control.serve, str(path), handlers)
+                await nursery.start(controlserver.serve, str(path), handlers)
                 await client()
                 if "echo" in handlers:
                     assert await ask(path, {"command": "echo", "text": "alive"}) == [{"done": True, "echo": "alive"}]
@@ -171,7 +172,7 @@ def test_a_bad_request_gets_an_error(tmp_path: Path, sent: bytes, words: str) ->
         try:
             (reply,) = await talk(tmp_path / "s", sent)
         except ConnectionError:  # the server may close while we are still sending too much
-            assert len(sent) > control.LARGEST_REQUEST_BYTES
+            assert len(sent) > controlserver.LARGEST_REQUEST_BYTES
             return
         assert words in str(reply["error"])
         assert reply["done"]
@@ -209,7 +210,7 @@ def test_the_work_goes_on_when_the_client_goes_away(tmp_path: Path) -> None:
 
 
 def test_a_client_that_does_not_read_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(controlserver, "IDLE_SECONDS", 0.05)
     finished = trio.Event()
 
     async def flood(request: Mapping[str, object], send: Send) -> None:
@@ -226,7 +227,7 @@ def test_a_client_that_does_not_read_is_given_up(tmp_path: Path, monkeypatch: py
 
 
 def test_clients_beyond_the_limit_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "MOST_CLIENTS", 1)
+    monkeypatch.setattr(controlserver, "MOST_CLIENTS", 1)
 
     async def client() -> None:
         async with await trio.open_unix_socket(str(tmp_path / "s")) as first:
@@ -238,7 +239,7 @@ def test_clients_beyond_the_limit_are_told_so(tmp_path: Path, monkeypatch: pytes
 
 
 def test_another_user_gets_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_peer_uid", lambda client: 4711)
+    monkeypatch.setattr(controlserver, "_peer_uid", lambda client: 4711)
     monkeypatch.setattr(os, "geteuid", lambda: 4712)
 
     async def client() -> None:

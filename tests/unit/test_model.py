@@ -173,7 +173,7 @@ class Harness:
     async def truncate(self, tracked: Tracked, size: int) -> None:
         model = tracked.model
         try:
-            await self.world.files.truncate(tracked.inode, size, 0)
+            await self.world.truncate(tracked.inode, size)
         except OSError:
             assert self.faulty
             assert tracked.inode.file is not None

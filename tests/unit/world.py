@@ -110,6 +110,9 @@ class World:
             return inode, opened.number
         return inode, (await self.files.open(inode, flags, 0)).number
 
+    async def truncate(self, inode: Inode, size: int) -> None:
+        await self.files.truncate(inode, size, 0, frozenset())
+
     async def release(self, number: int) -> None:
         inode = self.files.handles[number].inode
         await self.files.release(number)

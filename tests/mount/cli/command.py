@@ -110,7 +110,7 @@ class Command:
         """Mounts SOURCE in the background, without a word, and gives the daemon's pid."""
         done = self.run("mount", self.source, self.path, *self.options, *options)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done
-        return int(self.status()["pid"])
+        return int(self.record()["pid"])
 
     def foreground(self, *options: object) -> subprocess.Popen[str]:
         """A daemon that does not leave; returns when its mountpoint is there."""
@@ -121,11 +121,17 @@ class Command:
         assert process.poll() is None, self.log_text()
         return process
 
-    def phase(self) -> str:
-        for record in (self.base / "run").glob("*.json"):
+    def record(self) -> Mapping[str, Any]:
+        """What the daemon of MOUNTPOINT says of itself; nothing where there is none."""
+        for path in (self.base / "run").glob("*.json"):
             with contextlib.suppress(OSError):
-                return str(json.loads(record.read_text())["phase"])
-        return "none"
+                record = json.loads(path.read_text())
+                if record["mountpoint"] == str(self.path):
+                    return dict(record)
+        return {}
+
+    def phase(self) -> str:
+        return str(self.record().get("phase"))
 
     def status(self, path: Path | None = None) -> Mapping[str, Any]:
         done = self.run("status", path or self.path, "--json")

@@ -174,7 +174,7 @@ def test_a_killed_daemon_is_mounted_over(cachefs: Command) -> None:
     wait_until(lambda: ended(pid), "the daemon's end")
     with pytest.raises(OSError) as caught:
         os.listdir(cachefs.path)
-    assert caught.value.errno == errno.ENOTCONN
+    assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     assert "has no daemon any more" in one_line(cachefs.run("status", cachefs.path), 1)
     assert cachefs.run("status").stdout == "no cachefs is mounted\n"
     cachefs.mount()

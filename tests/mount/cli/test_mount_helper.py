@@ -128,7 +128,7 @@ def test_a_mount_that_is_read_only(cachefs: Command, how: str) -> None:
 def test_remount_takes_what_is_so_already_and_refuses_the_rest(cachefs: Command) -> None:
     words = options_of(cachefs, "noatime,cache_size=32M")
     mounted_well(mount_8(cachefs, "-t", "cachefs", "-o", words, cachefs.source, cachefs.path))
-    pid = cachefs.status()["pid"]
+    pid = cachefs.record()["pid"]
     before = flags_of(cachefs.path)
     for same in ("remount,rw,noatime", "remount,rw,noatime,cache_size=32768K"):
         mounted_well(mount_8(cachefs, "-o", same, cachefs.path))
@@ -137,7 +137,7 @@ def test_remount_takes_what_is_so_already_and_refuses_the_rest(cachefs: Command)
         assert done.returncode == MOUNT_FAILURE
         assert done.stderr == f"cachefs: {name} can't be changed while mounted: first run cachefs umount {cachefs.path}\n"
     assert flags_of(cachefs.path) == before
-    assert cachefs.status()["pid"] == pid
+    assert cachefs.record()["pid"] == pid
     cachefs.umount_well()
 
 
@@ -149,7 +149,7 @@ def test_a_line_of_fstab(cachefs: Command) -> None:
     fstab.write_text(" ".join([*fields, "cachefs", words, "0 0\n"]))
     mounted_well(mount_8(cachefs, "--fstab", fstab, cachefs.path))
     assert {"nosuid", "nodev", "noexec"} <= flags_of(cachefs.path)
-    assert cachefs.status()["source"] == str(cachefs.source)
+    assert cachefs.record()["source"] == str(cachefs.source)
     (cachefs.path / "file").write_text("text")
     mounted_well(mount_8(cachefs, "--fstab", fstab, "-o", "remount", cachefs.path))
     done = mount_8(cachefs, "--fstab", fstab, cachefs.path)
@@ -166,7 +166,7 @@ def test_a_line_of_fstab(cachefs: Command) -> None:
 def test_mount_8_over_a_killed_daemon(cachefs: Command) -> None:
     (cachefs.source / "file").write_text("text")
     mounted_well(mount_8(cachefs, "-t", "cachefs", "-o", options_of(cachefs), cachefs.source, cachefs.path))
-    pid = cachefs.status()["pid"]
+    pid = cachefs.record()["pid"]
     os.kill(pid, 9)
     while not ended(pid):
         pass
