@@ -6,7 +6,8 @@ or else through a known name relative to the parent's descriptor; in either case
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from cachefs.backingio import BackingIO
@@ -31,9 +32,9 @@ class Descriptors:
 
     async def at(self, op: str, inode: Inode, method: Callable[..., T], *args: object) -> T:
         """`method(descriptor of inode, *args)`."""
-        fd = inode.fd if inode.fd >= 0 else await self._reach(inode)
         inode.fd_busy += 1
         try:
+            fd = inode.fd if inode.fd >= 0 else await self._reach(inode)
             return await self.io.call(op, method, fd, *args)
         finally:
             inode.fd_busy -= 1
@@ -50,10 +51,14 @@ class Descriptors:
             inode.fd_busy -= 1
             other.fd_busy -= 1
 
-    async def hold(self, inode: Inode) -> None:
-        """Makes sure that the inode has a descriptor, so that it stays reachable without a name."""
-        if inode.fd < 0:
-            await self._reach(inode)
+    @asynccontextmanager
+    async def holding(self, inode: Inode) -> AsyncIterator[int]:
+        """The inode's descriptor, which stays open inside, whatever becomes of its name."""
+        inode.fd_busy += 1
+        try:
+            yield inode.fd if inode.fd >= 0 else await self._reach(inode)
+        finally:
+            inode.fd_busy -= 1
 
     def close(self, inode: Inode) -> None:
         """Closes the descriptor, if any, of an inode that is not used any more."""

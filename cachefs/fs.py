@@ -7,7 +7,7 @@ ask has been decided before (the kernel does, by mode bits and ACLs).
 import contextlib
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -233,26 +233,30 @@ class FileSystem:
     # --- removing and renaming -----------------------------------------------------------------------------------------
 
     async def unlink(self, parent: Inode, name: bytes) -> None:
-        _, inode = await self._about_to_go(parent, name)
-        await self.descriptors.at("unlink", parent, self.backing.unlink, name)
-        if inode is not None:
-            self.table.unname(inode, parent, name)
-            await self._lost_a_name(inode)
+        async with self._going(parent, name) as (_, inode):
+            await self.descriptors.at("unlink", parent, self.backing.unlink, name)
+            if inode is not None:
+                self.table.unname(inode, parent, name)
+                await self._lost_a_name(inode)
 
     async def rmdir(self, parent: Inode, name: bytes) -> None:
-        _, inode = await self._about_to_go(parent, name)
-        await self.descriptors.at("rmdir", parent, self.backing.rmdir, name)
-        if inode is not None:
-            self.table.unname(inode, parent, name)
-            await self._lost_a_name(inode)
+        async with self._going(parent, name) as (_, inode):
+            await self.descriptors.at("rmdir", parent, self.backing.rmdir, name)
+            if inode is not None:
+                self.table.unname(inode, parent, name)
+                await self._lost_a_name(inode)
 
-    async def _about_to_go(self, parent: Inode, name: bytes) -> tuple[os.stat_result | None, Inode | None]:
-        """What is under a name that will be removed; if somebody still knows it, it is held, to be reached without the name."""
+    @contextlib.asynccontextmanager
+    async def _going(self, parent: Inode, name: bytes) -> AsyncIterator[tuple[os.stat_result | None, Inode | None]]:
+        """What is under a name that will be removed; if somebody knows it, it is held, to be reached without the name."""
         st, inode = await self._peek(parent, name)
-        if st is not None and inode is not None and (inode.lookups or inode.opens) and (st.st_nlink == 1 or inode.is_dir):
-            with contextlib.suppress(OSError):
-                await self.descriptors.hold(inode)
-        return st, inode
+        async with contextlib.AsyncExitStack() as stack:
+            if st is not None and inode is not None and (inode.lookups or inode.opens) and (st.st_nlink == 1 or inode.is_dir):
+                with contextlib.suppress(OSError):
+                    await stack.enter_async_context(self.descriptors.holding(inode))
+            yield st, inode
+        if inode is not None and inode.unlinked:
+            self.drop(inode)
 
     async def _lost_a_name(self, inode: Inode) -> None:
         """A name is gone. With the last one the file lives on only in open handles, and unwritten data with nobody to read it."""
@@ -266,25 +270,23 @@ class FileSystem:
             self.table.renumbered(inode)
             if inode.file is not None and not inode.opens:
                 self.files.cache.discard(inode.file)
-            self.drop(inode)
 
     async def rename(self, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes, flags: int) -> None:
-        st, inode = await self._peek(parent, name)
-        target_st, target = await self._about_to_go(new_parent, new_name)
-
         def rename(dirfd: int, new_dirfd: int) -> None:
             self.backing.rename(dirfd, name, new_dirfd, new_name, flags)
 
-        await self.descriptors.at_two("rename", parent, new_parent, rename)
-        if st is not None and target_st is not None and (st.st_dev, st.st_ino) == (target_st.st_dev, target_st.st_ino):
-            return  # two names of one file: nothing happens
-        if target is not None:
-            self.table.unname(target, new_parent, new_name)
-            if flags & RENAME_EXCHANGE:
-                self.table.name(target, parent, name)
-                await self.files.readopt(target)
-            else:
-                await self._lost_a_name(target)
+        st, inode = await self._peek(parent, name)
+        async with self._going(new_parent, new_name) as (target_st, target):
+            await self.descriptors.at_two("rename", parent, new_parent, rename)
+            if st is not None and target_st is not None and (st.st_dev, st.st_ino) == (target_st.st_dev, target_st.st_ino):
+                return  # two names of one file: nothing happens
+            if target is not None:
+                self.table.unname(target, new_parent, new_name)
+                if flags & RENAME_EXCHANGE:
+                    self.table.name(target, parent, name)
+                    await self.files.readopt(target)
+                else:
+                    await self._lost_a_name(target)
         if inode is not None:
             self.table.unname(inode, parent, name)
             self.table.name(inode, new_parent, new_name)
@@ -358,13 +360,8 @@ class FileSystem:
             finally:
                 self.backing.close(fd)
 
-        inode = self.directories[number].inode
-        await self.descriptors.hold(inode)
-        inode.fd_busy += 1
-        try:
-            await self.io.in_thread("fsync", sync, inode.fd)
-        finally:
-            inode.fd_busy -= 1
+        async with self.descriptors.holding(self.directories[number].inode) as fd:
+            await self.io.in_thread("fsync", sync, fd)
 
     # --- the rest ------------------------------------------------------------------------------------------------------
 

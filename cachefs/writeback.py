@@ -99,10 +99,10 @@ class Writeback:
                 await self.cache.room.park()
                 continue
             left = self._pause_seconds(nbytes, level - free, self.limit_pages - free) - (self.cache.clock() - start)
-            if left <= 0:
-                break
-            with trio.move_on_after(left):  # or until a batch is done: the level is another one then
+            with trio.move_on_after(max(0.0, left)) as pause:  # or until a batch is done: the level is another one then
                 await self.cache.room.park()
+            if pause.cancelled_caught:
+                break
         self.throttle_seconds += self.cache.clock() - start
 
     def _pause_seconds(self, nbytes: int, above: int, most: int) -> float:

@@ -4,8 +4,8 @@ import contextlib
 import errno
 import functools
 import logging
-import stat
 import os
+import stat
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar

@@ -82,13 +82,12 @@ def test_regression_memory_about_to_be_used_is_not_given_back() -> None:
     """`touch` pushed the count over the limit, and the pages it was called for passed for stale ones."""
     arena = Arena(16)  # and 256 of slack
     group, other = new(arena), new(arena, 1)
-    fill(arena, other, FIRST[1])
     fill(arena, group, FIRST[200])
-    leave(arena, group, FIRST[200] & ~FIRST[1])
-    arena.touch(group, ALL & ~FIRST[200])
-    fill(arena, other, FIRST[100])
+    leave(arena, group, FIRST[200] & ~1)
+    fill(arena, other, FIRST[72])
+    assert arena.physical_pages == 272
     fill(arena, group, 1 << 255)
-    assert group.uptodate & ~group.touched == 0
+    assert group.touched == group.uptodate == 1 | 1 << 255
     arena.check([group, other])
 
 

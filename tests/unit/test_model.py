@@ -24,7 +24,7 @@ from cachefs.cache.policy import POLICIES
 from cachefs.inode import Inode
 from world import World, content
 
-EXAMPLES = int(os.environ.get("CACHEFS_LONG") and "4000" or "250")
+EXAMPLES = int((os.environ.get("CACHEFS_LONG") and "4000") or "250")
 SIZES = (40 * 4096 + 100, 5 * 4096, 0)  # of the files at the start; the first is larger than most of the caches
 FILES = len(SIZES)
 MOST_PAGES = 60

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ def group() -> Group:
 def test_runs_are_the_mask_in_order_and_not_adjacent(mask: int) -> None:
     found = list(runs(mask))
     assert sum(FIRST[count] << first for first, count in found) == mask
-    assert all(a + n < b for (a, n), (b, _) in zip(found, found[1:], strict=False))
+    assert all(a + n < b for (a, n), (b, _) in pairwise(found))
 
 
 def test_spans() -> None:

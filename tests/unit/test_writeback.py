@@ -264,12 +264,19 @@ async def test_regression_flush_writes_the_pages_behind_a_busy_start_of_the_file
 
 @run
 async def test_regression_background_writing_reaches_the_pages_behind_a_busy_start_of_the_file() -> None:
-    async with stack(expire=5.0, background=4000) as it:
-        inode, store = it.file()
+    async with stack(background=0) as it:
+        inode, store = it.file(bytes_per_second=100 << 20)
         it.write(inode, 0, b"a" * (BATCH_BYTES + P))
-        for _ in range(200):
-            await trio.sleep(0.1)
-            it.write(inode, 0, b"b" * BATCH_BYTES)
+        assert inode.file is not None
+        file, write = inode.file, store.write
+
+        async def busy(extents: Sequence[tuple[int, list[memoryview]]]) -> tuple[int, OSError | None]:
+            result = await write(extents)
+            it.cache.write(file, 0, b"b" * BATCH_BYTES)
+            return result
+
+        store.write = busy  # type: ignore[method-assign]
+        await trio.sleep(1)
         assert len(store.data) == BATCH_BYTES + P
 
 
