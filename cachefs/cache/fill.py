@@ -14,6 +14,7 @@ from cachefs.cache.file import CachedFile
 from cachefs.cache.page import GROUP_PAGES, PAGE_SHIFT, PAGE_SIZE
 from cachefs.cache.pagecache import Busy, Fill, NoRoom, PageCache, TooDirty
 from cachefs.cache.readahead import Window
+from cachefs.tasks import Spawner
 
 TRIES = 4  # looks at the whole request before it is answered in pieces
 FILL_PAGES_MIN = 32  # smallest backing call that a readahead window is cut into: 128 KiB
@@ -23,7 +24,7 @@ FILLS_PER_WINDOW = 4  # calls in flight that a window is cut into, so that trans
 class Filler:
     """Reads and writes of files through `cache`; readahead runs in `nursery`. `need_room` is called before waiting for room."""
 
-    def __init__(self, cache: PageCache, nursery: trio.Nursery, need_room: Callable[[], None]) -> None:
+    def __init__(self, cache: PageCache, nursery: Spawner, need_room: Callable[[], None]) -> None:
         self.cache = cache
         self.nursery = nursery
         self.need_room = need_room

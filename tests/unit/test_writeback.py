@@ -264,7 +264,7 @@ async def test_regression_flush_writes_the_pages_behind_a_busy_start_of_the_file
 
 @run
 async def test_regression_background_writing_reaches_the_pages_behind_a_busy_start_of_the_file() -> None:
-    async with stack(background=0) as it:
+    async with stack(pages=16384, limit=8192, background=0) as it:
         inode, store = it.file(bytes_per_second=100 << 20)
         it.write(inode, 0, b"a" * (BATCH_BYTES + P))
         assert inode.file is not None

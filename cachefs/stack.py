@@ -1,0 +1,104 @@
+"""Everything of a mount below FUSE, put together: backing, inodes, cache, writeback, files, names."""
+
+import contextlib
+import errno
+import os
+import resource
+import time
+from collections.abc import Callable
+
+from backing.base import Backing
+from cachefs.backingio import BackingIO
+from cachefs.cache import policy
+from cachefs.cache.fill import Filler
+from cachefs.cache.page import PAGE_SIZE
+from cachefs.cache.pagecache import PageCache
+from cachefs.config import Config
+from cachefs.descriptors import BUDGET_MAX, Descriptors
+from cachefs.files import Files
+from cachefs.fs import FileSystem
+from cachefs.inode import Inode, InodeTable
+from cachefs.statistics import FileSystemStatistics, HistogramSnapshot, Statistics
+from cachefs.tasks import Spawner
+from cachefs.writeback import Writeback
+
+
+def raise_descriptor_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def descriptor_budget() -> int:
+    """O_PATH descriptors to keep: a quarter of what the process may open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, min(BUDGET_MAX, soft // 4))
+
+
+class Stack:
+    """The parts of one mount. `changed(inode)` is told when a file turns out to have been changed underneath."""
+
+    def __init__(self, config: Config, backing: Backing, tasks: Spawner, changed: Callable[[Inode], None]) -> None:
+        self.config = config
+        self.started = time.monotonic()
+        self.io = BackingIO(backing)
+        root_fd = backing.open_root()
+        self.table = InodeTable(backing.fstat(root_fd))
+        self.descriptors = Descriptors(self.io, self.table, root_fd, descriptor_budget())
+        pages = config.cache_size_bytes // PAGE_SIZE
+        self.cache = PageCache(policy.make(config.policy, pages), pages, time.monotonic)
+        self.writeback = Writeback(
+            self.cache,
+            limit_bytes=config.dirty_limit_bytes,
+            background_bytes=config.dirty_background_bytes,
+            expire_seconds=config.dirty_expire_seconds,
+            interval_seconds=config.writeback_interval_seconds,
+            settled=self._settled,
+        )
+        self.filler = Filler(self.cache, tasks, self.writeback.need_room)
+        self.files = Files(
+            self.io, self.descriptors, self.cache, self.filler, self.writeback,
+            config.readahead_max_bytes, config.metadata_ttl_seconds, changed,
+        )  # fmt: skip
+        self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
+
+    def _settled(self, inode: Inode) -> None:
+        self.files.data.settle(inode)
+        self.fs.drop(inode)
+
+    def unwritten(self) -> list[dict[str, object]]:
+        """The extents that are not on the backing."""
+        found: list[dict[str, object]] = []
+        for inode in self.writeback.dirty:
+            if inode.file is not None and inode.unwritten and not inode.unlinked:
+                reason = errno.errorcode.get(inode.error_errno, "") if inode.error_count else ""
+                for offset, length in inode.file.dirty_extents():
+                    found.append({"path": self.path(inode), "offset": offset, "length": length, "error": reason})
+        return found
+
+    def path(self, inode: Inode) -> str:
+        """A name of the inode relative to SOURCE, for people."""
+        parts: list[bytes] = []
+        while inode is not self.table.root and inode.names:
+            inode, name = next(iter(inode.names))
+            parts.append(name)
+        return os.fsdecode(b"/".join(reversed(parts)))
+
+    def statistics(self, kernel_cache: str, durations: dict[str, HistogramSnapshot]) -> Statistics:
+        """A snapshot; what is above, the kernel's mode and the durations of requests, is passed in."""
+        return Statistics(
+            mountpoint=self.config.mountpoint,
+            source=self.config.source,
+            policy=self.config.policy,
+            kernel_cache=kernel_cache,
+            uptime_seconds=time.monotonic() - self.started,
+            cache=self.cache.statistics(),
+            writeback=self.writeback.statistics(),
+            backing=self.io.statistics(),
+            filesystem=FileSystemStatistics(
+                durations=durations,
+                open_handles=len(self.files.handles),
+                known_inodes=len(self.table),
+                open_descriptors=len(self.descriptors) + self.files.data.count,
+            ),
+        )
