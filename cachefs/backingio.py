@@ -26,6 +26,7 @@ class BackingIO:
         self.errors: Counter[str] = Counter()  # {errno name: calls}
         self.read_bytes = 0
         self._limiter = trio.CapacityLimiter(THREADS_MAX)
+        self._writers = trio.CapacityLimiter(THREADS_MAX)  # of their own: reads that hang must not keep data from being saved
 
     async def call(self, op: str, function: Callable[..., T], *args: object) -> T:
         """`function(*args)`, which calls the backing. Inline it is atomic: no checkpoint."""
@@ -45,7 +46,8 @@ class BackingIO:
         start = time.perf_counter()
         try:
             # Not abandoned when cancelled (trio's default): the call was begun.
-            return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)
+            limiter = self._writers if op in ("write", "fsync") else self._limiter
+            return await trio.to_thread.run_sync(function, *args, limiter=limiter)
         except OSError as error:
             self._count_error(error)
             raise

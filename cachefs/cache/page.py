@@ -40,6 +40,7 @@ GROUP_SHIFT = 8  # pages in a group, as a power of two: 1 MiB is the largest req
 GROUP_PAGES = 1 << GROUP_SHIFT
 GROUP_SIZE = GROUP_PAGES * PAGE_SIZE
 SMALL_PAGES = 16  # pages in the slot of a group of a small file, see Arena
+IN_GROUP = GROUP_PAGES - 1  # index of a page & IN_GROUP = its bit
 ALL = (1 << GROUP_PAGES) - 1
 FIRST = tuple((1 << n) - 1 for n in range(GROUP_PAGES + 1))  # FIRST[n]: mask of the pages 0..n-1
 
@@ -60,6 +61,16 @@ def runs(mask: int) -> Iterator[tuple[int, int]]:
         yield first, count
         mask >>= count
         first += count
+
+
+def pieces(offset: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The pages of bytes [offset, end) by group: (group index, first page in it, last page in it)."""
+    page, last = offset >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT
+    while page <= last:
+        index = page >> GROUP_SHIFT
+        stop = min(last, (index << GROUP_SHIFT) + IN_GROUP)
+        yield index, page & IN_GROUP, stop & IN_GROUP
+        page = stop + 1
 
 
 def key_of(file_id: int, group_index: int) -> int:

@@ -8,29 +8,31 @@ A read of any size up to 1 MiB that finds its pages costs two dict look-ups and 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import trio
 
 from cachefs.cache.arena import Arena
+from cachefs.cache.check import check
 from cachefs.cache.file import CachedFile, Source
 from cachefs.cache.page import (
     FIRST,
     GROUP_PAGES,
     GROUP_SHIFT,
     GROUP_SIZE,
+    IN_GROUP,
     PAGE_SHIFT,
     PAGE_SIZE,
     Group,
     key_of,
+    pieces,
     runs,
     span,
 )  # fmt: skip
 from cachefs.cache.policy import Policy
 from cachefs.statistics import CacheStatistics
 
-_IN_GROUP = GROUP_PAGES - 1
 _BYTE_IN_GROUP = GROUP_SIZE - 1
 _NOTHING: Mapping[int, int] = {}
 
@@ -114,7 +116,7 @@ class PageCache:
         page = offset >> PAGE_SHIFT
         count = ((end - 1) >> PAGE_SHIFT) - page + 1
         group = file.groups.get(page >> GROUP_SHIFT)
-        first = page & _IN_GROUP
+        first = page & IN_GROUP
         if group is None or first + count > GROUP_PAGES:
             return self._lookup_across(file, offset, end)
         mask = FIRST[count] << first
@@ -145,7 +147,7 @@ class PageCache:
     def peek(self, file: CachedFile, offset: int, end: int) -> memoryview | bytes | None:
         """The bytes [offset, end) if all their pages are up to date; counts nothing. `end` is at most the file's size."""
         parts: list[tuple[int, int]] = []  # [start, end) in the arena
-        for index, first, last in _pieces(offset, end):
+        for index, first, last in pieces(offset, end):
             group = file.groups.get(index)
             mask = span(first, last)
             if group is None or group.uptodate & mask != mask:
@@ -163,7 +165,7 @@ class PageCache:
     def count_request(self, file: CachedFile, offset: int, end: int) -> None:
         """Counts a read of [offset, end) by what is up to date now, and tells the policy of the pages that are."""
         hits = misses = 0
-        for index, first, last in _pieces(offset, end):
+        for index, first, last in pieces(offset, end):
             mask = span(first, last)
             group = file.groups.get(index)
             up = 0
@@ -211,7 +213,7 @@ class PageCache:
     def absent_runs(self, file: CachedFile, start_page: int, end_page: int) -> list[tuple[int, int]]:
         """The runs (first page, count) of [start_page, end_page) that are neither up to date nor filling, none across groups."""
         found: list[tuple[int, int]] = []
-        for index, first, last in _pieces(start_page << PAGE_SHIFT, end_page << PAGE_SHIFT):
+        for index, first, last in pieces(start_page << PAGE_SHIFT, end_page << PAGE_SHIFT):
             group = file.groups.get(index)
             mask = span(first, last)
             if group is not None:
@@ -222,7 +224,7 @@ class PageCache:
     def fills_of(self, file: CachedFile, start_page: int, end_page: int) -> list[Fill]:
         """The fills under way that cover any page of [start_page, end_page)."""
         found: list[Fill] = []
-        for index, first, last in _pieces(start_page << PAGE_SHIFT, end_page << PAGE_SHIFT):
+        for index, first, last in pieces(start_page << PAGE_SHIFT, end_page << PAGE_SHIFT):
             group = file.groups.get(index)
             if group is not None and group.filling:
                 mask = span(first, last)
@@ -235,7 +237,7 @@ class PageCache:
         Raises NoRoom or Busy, having changed nothing but evicted some pages.
         """
         self._make_room(count)
-        first = page & _IN_GROUP
+        first = page & IN_GROUP
         group = self._group(file, page >> GROUP_SHIFT, first + count)
         mask = FIRST[count] << first
         self.arena.touch(group, mask)
@@ -277,7 +279,7 @@ class PageCache:
             start = page << PAGE_SHIFT
             covered = offset <= start and end >= min(start + PAGE_SIZE, file.size)
             group = file.groups.get(page >> GROUP_SHIFT)
-            here = group is not None and group.uptodate >> (page & _IN_GROUP) & 1
+            here = group is not None and group.uptodate >> (page & IN_GROUP) & 1
             if not here and not covered and start < file.size:
                 found.append(page)
         return found
@@ -288,23 +290,23 @@ class PageCache:
         To be called when `pages_to_fill` is empty and no page of the range is FILLING, with no await in between.
         """
         end = offset + len(data)
-        pieces = list(_pieces(offset, end))
-        if self._unwritten_after(file, pieces) > self.dirty_limit_pages:
+        parts = list(pieces(offset, end))
+        if self._unwritten_after(file, parts) > self.dirty_limit_pages:
             raise TooDirty
         # The pages of the range that are here stay: what `data` does not cover of them exists nowhere else in memory.
-        keep = {key_of(file.id, index): span(first, last) for index, first, last in pieces}
-        self._make_room(sum(self._missing(file, index, span(first, last)) for index, first, last in pieces), keep)
-        groups = [self._group(file, index, last + 1) for index, _, last in pieces]
-        for group, (index, first, last) in zip(groups, pieces, strict=True):
+        keep = {key_of(file.id, index): span(first, last) for index, first, last in parts}
+        self._make_room(sum(self._missing(file, index, span(first, last)) for index, first, last in parts), keep)
+        groups = [self._group(file, index, last + 1) for index, _, last in parts]
+        for group, (index, first, last) in zip(groups, parts, strict=True):
             start = max(offset, index * GROUP_SIZE)
             stop = min(end, (index + 1) * GROUP_SIZE)
             self._write_group(group, span(first, last), start, data[start - offset : stop - offset])
         file.size = max(file.size, end)
         self.write_bytes += len(data)
 
-    def _unwritten_after(self, file: CachedFile, pieces: list[tuple[int, int, int]]) -> int:
+    def _unwritten_after(self, file: CachedFile, parts: list[tuple[int, int, int]]) -> int:
         count = self.dirty_pages + self.writeback_pages
-        for index, first, last in pieces:
+        for index, first, last in parts:
             group = file.groups.get(index)
             count += (span(first, last) & ~(group.dirty if group is not None else 0)).bit_count()
         return count
@@ -372,10 +374,10 @@ class PageCache:
     def _zero_tail(self, file: CachedFile, page: int, tail: int) -> None:
         group = file.groups.get(page >> GROUP_SHIFT)
         if group is not None:
-            bit = 1 << (page & _IN_GROUP)
+            bit = 1 << (page & IN_GROUP)
             group.poisoned |= group.filling & bit
             if group.uptodate & bit:
-                start = group.base + (page & _IN_GROUP) * PAGE_SIZE
+                start = group.base + (page & IN_GROUP) * PAGE_SIZE
                 self.arena.zero(start + tail, start + PAGE_SIZE)
 
     def invalidate(self, file: CachedFile) -> int:
@@ -522,41 +524,10 @@ class PageCache:
             readahead_late_pages=self.readahead_late,
         )
 
+    def groups(self) -> list[Group]:
+        """Every group with resident pages."""
+        return list(self._groups.values())
+
     def check_invariants(self) -> None:
-        """Asserts everything this module promises; slow, for tests and `--check`."""
-        groups = list(self._groups.values())
-        files = {group.file for group in groups}
-        for file in files:
-            file.check()
-        assert self.resident_pages == sum(file.resident_pages for file in files) <= self.capacity_pages
-        assert self.dirty_pages == sum(file.dirty_pages for file in files)
-        assert self.writeback_pages == sum(file.writeback_pages for file in files)
-        assert self.filling_pages == sum(group.filling.bit_count() for group in groups)
-        assert all(key == key_of(g.file.id, g.index) and g.file.groups[g.index] is g for key, g in self._groups.items())
-        assert self.policy.pages() == {g.key: g.uptodate for g in groups if g.uptodate}, "policy knows other pages"
-        assert self.page_misses == sum(self.misses.values())
-        for group in groups:
-            filled = 0
-            for fill in group.fills:
-                assert not filled & fill.mask, "two fills of one page"
-                filled |= fill.mask
-            assert filled == group.filling
-            self._check_tail(group)
-        self.policy.check()
-        self.arena.check(groups)
-
-    def _check_tail(self, group: Group) -> None:
-        page, tail = divmod(group.file.size, PAGE_SIZE)
-        if tail and page >> GROUP_SHIFT == group.index and group.uptodate >> (page & _IN_GROUP) & 1:
-            start = group.base + (page & _IN_GROUP) * PAGE_SIZE
-            assert not any(self._view[start + tail : start + PAGE_SIZE]), "bytes past the end of the file are not zero"
-
-
-def _pieces(offset: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The pages of bytes [offset, end) by group: (group index, first page in it, last page in it)."""
-    page, last = offset >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT
-    while page <= last:
-        index = page >> GROUP_SHIFT
-        stop = min(last, (index << GROUP_SHIFT) + _IN_GROUP)
-        yield index, page & _IN_GROUP, stop & _IN_GROUP
-        page = stop + 1
+        """Asserts everything this module promises; slow, for tests."""
+        check(self)
