@@ -32,7 +32,7 @@ test: test-setup  ## all tests but the slow ones
 	@$(PY) -m pytest $(ARGS)
 
 stress: test-setup  ## the slow tests: stress-ng and random operations for minutes
-	@$(PY) -m pytest -m slow --timeout 1800 $(ARGS)
+	@$(PY) -m pytest -m slow --timeout 1800 -o faulthandler_timeout=1700 $(ARGS)
 
 lint:  ## ruff, and mypy --strict on both packages
 	$(SETUP) lint
