@@ -97,13 +97,15 @@ class Files:
         inode.checked_at = trio.current_time()
         if file is None or file.unwritten or inode.locked:
             return
-        signature = signature_of(st)
-        if signature != inode.signature:
-            inode.signature = signature
-            inode.changes += 1
-            self.cache.invalidate(file)
-            self.cache.truncate(file, st.st_size)
-            self.changed(inode)
+        if signature_of(st) != inode.signature:
+            self._changed_underneath(inode, file, st)
+
+    def _changed_underneath(self, inode: Inode, file: CachedFile, st: os.stat_result) -> None:
+        inode.signature = signature_of(st)
+        inode.changes += 1
+        self.cache.invalidate(file)
+        self.cache.truncate(file, st.st_size)
+        self.changed(inode)
 
     def _may_be_stale(self, inode: Inode, st: os.stat_result) -> bool:
         """Whether what we know is as new as `st`, read in a thread that may have been overtaken by a change of our own."""
@@ -112,12 +114,15 @@ class Files:
         known_ns = max(inode.st.st_ctime_ns, inode.signature[2])
         return st.st_ctime_ns < known_ns or (st.st_ctime_ns == known_ns and signature_of(st) != inode.signature)
 
-    def adopt(self, inode: Inode, st: os.stat_result) -> None:
-        """Takes in attributes after a change of our own."""
+    def adopt(self, inode: Inode, st: os.stat_result, contents: bool = False) -> None:
+        """Takes in attributes after a change of our own, one of `contents` and mtime or one that leaves these alone."""
         inode.epoch += 1
         inode.st = st
         inode.checked_at = trio.current_time()
-        inode.signature = signature_of(st)
+        file, signature = inode.file, signature_of(st)
+        if not contents and file is not None and not file.unwritten and signature[:2] != inode.signature[:2]:
+            self._changed_underneath(inode, file, st)  # by somebody else, just before
+        inode.signature = signature
 
     def believed(self, inode: Inode) -> bool:
         """Whether the attributes need not be read: a backing far away was asked for them a short time ago."""
@@ -131,9 +136,14 @@ class Files:
             if epoch == inode.epoch:
                 return self.absorb(inode, st, fresh=True)
 
-    async def readopt(self, inode: Inode) -> None:
-        """Reads the attributes after a change of our own."""
-        self.adopt(inode, await self._stat(inode))
+    async def readopt(self, inode: Inode, contents: bool = False) -> None:
+        """Reads the attributes after a change of our own, again if there was one more meanwhile."""
+        for _ in range(STAT_TRIES):
+            epoch = inode.epoch
+            st = await self._stat(inode)
+            if epoch == inode.epoch:
+                return self.adopt(inode, st, contents)
+        self.adopt(inode, st, contents=True)  # too busy to tell somebody else's change from ours
 
     async def _stat(self, inode: Inode) -> os.stat_result:
         fd = max(inode.reader, inode.writer)
@@ -307,7 +317,7 @@ class Files:
             inode.busy -= 1
         if inode.file is not None:  # at once: the backing has it, whatever becomes of the look at its attributes
             self.cache.truncate(inode.file, size)
-        await self.readopt(inode)
+        await self.readopt(inode, contents=True)
 
     async def kill_set_id(self, inode: Inode, gids: frozenset[int]) -> None:
         """A write or truncate by somebody who is not root takes set-user-id away, and set-group-id as well.

@@ -147,7 +147,7 @@ class FileSystem:
     async def _change(self, inode: Inode, op: str, method: Callable[..., None], *args: object) -> None:
         """A change to the inode itself; what it does to the backing's ctime is ours."""
         await self.descriptors.at(op, inode, method, *args)
-        await self.files.readopt(inode)
+        await self.files.readopt(inode, contents=op == "utime")
         inode.ctime_shown = (inode.ctime_shown[0], inode.st.st_ctime_ns)
 
     # --- making --------------------------------------------------------------------------------------------------------

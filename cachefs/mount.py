@@ -215,6 +215,8 @@ class Mount:
         for piece in self.failed:
             log.error("not written: %s", json.dumps(piece))
             self.exit_status = 1
+        if os.environ.get("CACHEFS_CHECK"):
+            self._check()
         pyfuse3.close(unmount=False)
         if self.metrics is not None:
             self.metrics.close()
@@ -225,6 +227,14 @@ class Mount:
                 await self.commands.answered.park()
 
     # --- figures -------------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """For tests: whether everything still fits together after what the mount went through."""
+        try:
+            self.stack.check()
+        except AssertionError:
+            log.critical("invariants do not hold", exc_info=True)
+            self.exit_status = 1
 
     @property
     def metrics_url(self) -> str | None:

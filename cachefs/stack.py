@@ -102,3 +102,8 @@ class Stack:
                 open_descriptors=len(self.descriptors) + self.files.data.count,
             ),
         )
+
+    def check(self) -> None:
+        """Asserts the invariants of cache and inodes; slow."""
+        self.cache.check_invariants()
+        self.table.check()

@@ -77,7 +77,7 @@ class Mount:
             ready.bind(str(notify))
             os.chmod(notify, 0o666)
             ready.settimeout(POLL_SECONDS * 5)
-            environment = {**PLAIN_ENVIRONMENT, **runtime, "NOTIFY_SOCKET": str(notify)}
+            environment = {**PLAIN_ENVIRONMENT, **runtime, "NOTIFY_SOCKET": str(notify), "CACHEFS_CHECK": "1"}
             self.process = subprocess.Popen(
                 self.command, env=environment, cwd=self.base, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )

@@ -250,6 +250,16 @@ def test_an_open_file_changed_in_source_is_read_anew_once_its_attributes_are(mou
     assert cache_of(mount)["evictions"]["invalidated"] == 3
 
 
+def test_regression_a_change_in_source_is_not_hidden_by_a_chmod_of_ours_behind_it(mounted: Factory) -> None:
+    mount = mounted()
+    (mount.source / "file").write_bytes(b"a" * 10_000)
+    with opened(os.fspath(mount.path / "file"), os.O_RDONLY) as fd:
+        assert os.pread(fd, 5, 0) == b"aaaaa"
+        (mount.source / "file").write_bytes(b"b" * 10_000)
+        os.fchmod(fd, 0o600)
+        assert os.pread(fd, 5, 0) == b"bbbbb"
+
+
 def test_of_two_changes_to_a_page_ours_stays_when_it_is_written_back_later(mounted: Factory) -> None:
     mount = mounted(*LATER, "--metadata-ttl", "0s")
     with opened(os.fspath(mount.path / "file"), RDWR_CREAT) as fd:

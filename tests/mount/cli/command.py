@@ -62,7 +62,10 @@ class Command:
         self.base = base
         self.source, self.path = self.directory("source"), self.directory("mnt")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CACHEFS_", "XDG_", "NOTIFY_"))}
-        self.environment = {**inherited, "CACHEFS_RUNTIME_DIR": str(base / "run"), "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"}
+        self.environment = {
+            **inherited, "CACHEFS_RUNTIME_DIR": str(base / "run"), "CACHEFS_CHECK": "1", "PYTHONPATH": str(ROOT),
+            "LC_ALL": "C.UTF-8",
+        }  # fmt: skip
         self.processes: list[subprocess.Popen[str]] = []
 
     def directory(self, name: str) -> Path:
