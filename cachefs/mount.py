@@ -45,19 +45,22 @@ def serve(config: Config, state: State, ready: Callable[[Mapping[str, object]], 
     raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
     os.umask(0)  # modes come with the callers' own umask
+    backing = make_backing(config)
     try:
-        backing = make_backing(config)
         return trio.run(functools.partial(Mount(config, state, backing).run, ready))
-    except* CachefsError as group:
-        raise _first(group) from None
+    except BaseExceptionGroup as group:
+        # Not `except*`: what is raised in there comes out in a group again.
+        problem = _lone_problem(group)
+        if problem is None:
+            raise
+    raise problem
 
 
-def _first(group: BaseExceptionGroup[CachefsError]) -> CachefsError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
+def _lone_problem(error: BaseException) -> CachefsError | None:
+    """The CachefsError that a group of groups is about, if it is about nothing else."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
-    assert isinstance(error, CachefsError)
-    return error
+    return error if isinstance(error, CachefsError) else None
 
 
 class Mount:
