@@ -13,6 +13,7 @@ from cachefs.cache.speed import BackingSpeed
 from cachefs.statistics import BackingStatistics, Histogram
 
 T = TypeVar("T")
+LOCAL_CALL_BYTES = 128 << 10  # of one pwritev to a local file: for larger ones ext4 looks for large folios, up to 10 x as long
 THREADS_MAX = 64  # calls under way at once; readahead over a distant store wants many, each thread costs 8 KiB or so
 
 
@@ -46,7 +47,7 @@ class BackingIO:
         start = time.perf_counter()
         try:
             # Not abandoned when cancelled (trio's default): the call was begun.
-            limiter = self._writers if op in ("write", "fsync") else self._limiter
+            limiter = self._writers if op in ("write", "fsync", "syncfs") else self._limiter
             return await trio.to_thread.run_sync(function, *args, limiter=limiter)
         except OSError as error:
             self._count_error(error)
@@ -111,11 +112,22 @@ def read_fully(backing: Backing, fd: int, buffers: list[memoryview], offset: int
 def write_fully(backing: Backing, fd: int, buffers: list[memoryview], offset: int) -> None:
     """Writes all of `buffers`; runs in a thread."""
     while buffers:
-        nbytes = backing.pwritev(fd, buffers, offset)
+        nbytes = backing.pwritev(fd, buffers if backing.blocking else _first(buffers, LOCAL_CALL_BYTES), offset)
         if not nbytes:
             raise OSError(errno.EIO, "the backing wrote nothing")
         offset += nbytes
         buffers = _after(buffers, nbytes)
+
+
+def _first(buffers: list[memoryview], nbytes: int) -> list[memoryview]:
+    """The first `nbytes` bytes of `buffers`, or all if there are no more."""
+    taken = []
+    for buffer in buffers:
+        taken.append(buffer[:nbytes])
+        nbytes -= len(taken[-1])
+        if not nbytes:
+            break
+    return taken
 
 
 def _after(buffers: list[memoryview], nbytes: int) -> list[memoryview]:

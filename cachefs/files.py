@@ -3,6 +3,7 @@
 A hit goes `read` -> `PageCache.lookup` and back with no await that could give the turn to somebody else.
 """
 
+import errno
 import os
 import stat
 import time
@@ -71,6 +72,7 @@ class Files:
         self.filler = filler
         self.writeback = writeback
         self.data = DataDescriptors(io, descriptors)
+        self.data.noticed = self._noticed
         self.handles: dict[int, Handle] = {}
         self.changed = changed
         self.ttl_seconds = metadata_ttl_seconds
@@ -107,6 +109,13 @@ class Files:
         self.cache.truncate(file, st.st_size)
         self.changed(inode)
 
+    def _noticed(self, inode: Inode) -> None:
+        """Somebody else has changed a file that we are writing: what is clean leaves, what is ours stays ours."""
+        if inode.file is not None:
+            inode.changes += 1
+            self.cache.invalidate(inode.file)
+            self.changed(inode)
+
     def _may_be_stale(self, inode: Inode, st: os.stat_result) -> bool:
         """Whether what we know is as new as `st`, read in a thread that may have been overtaken by a change of our own."""
         if not self.io.backing.blocking or inode.file is None:
@@ -135,6 +144,15 @@ class Files:
             st = await self._stat(inode)
             if epoch == inode.epoch:
                 return self.absorb(inode, st, fresh=True)
+
+    async def notice_locked(self, inode: Inode) -> None:
+        """Notices somebody else's change before one of ours makes it look like ours. By a caller that holds `inode.lock`."""
+        file = inode.file
+        if file is not None and not file.unwritten:
+            epoch = inode.epoch
+            st = await self._stat(inode)
+            if epoch == inode.epoch and not file.unwritten and signature_of(st) != inode.signature:
+                self._changed_underneath(inode, file, st)
 
     async def readopt(self, inode: Inode, contents: bool = False) -> None:
         """Reads the attributes after a change of our own, again if there was one more meanwhile."""
@@ -306,6 +324,7 @@ class Files:
             inode.ctime_shown = (inode.ctime_shown[0], inode.st.st_ctime_ns)
 
     async def _truncate_backing(self, inode: Inode, size: int) -> None:
+        await self.notice_locked(inode)
         backing = self.io.backing
         inode.busy += 1
         try:
@@ -342,6 +361,11 @@ class Files:
         try:
             fd = inode.writer if inode.writer >= 0 else await self.data.reader(inode)
             await self.io.in_thread("fsync", self.io.backing.fsync, fd, datasync)
+        except OSError as error:  # the backing tells each descriptor once, and all handles share ours
+            inode.error_count += 1
+            inode.error_errno = error.errno or errno.EIO
+            handle.errors_seen = inode.error_count
+            raise
         finally:
             inode.busy -= 1
             self.data.settle(inode)

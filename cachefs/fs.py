@@ -5,6 +5,7 @@ ask has been decided before (the kernel does, by mode bits and ACLs).
 """
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -145,7 +146,9 @@ class FileSystem:
         await self._change(inode, "chmod", self.backing.chmod, stat.S_IMODE(mode))
 
     async def _change(self, inode: Inode, op: str, method: Callable[..., None], *args: object) -> None:
-        """A change to the inode itself; what it does to the backing's ctime is ours."""
+        """A change to the inode itself, under `inode.lock`; what it does to the backing's ctime is ours."""
+        if op == "utime":
+            await self.files.notice_locked(inode)
         await self.descriptors.at(op, inode, method, *args)
         await self.files.readopt(inode, contents=op == "utime")
         inode.ctime_shown = (inode.ctime_shown[0], inode.st.st_ctime_ns)
@@ -192,7 +195,7 @@ class FileSystem:
         return mode
 
     async def create(self, parent: Inode, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Inode, Opened]:
-        """Makes and opens a regular file, or opens one that appeared meanwhile, if O_EXCL does not forbid it."""
+        """Makes and opens a regular file; ESTALE if one appeared meanwhile."""
         mode = await self._masked(parent, mode, caller)
         how = os.O_RDWR | os.O_CREAT | os.O_EXCL
         try:
@@ -200,8 +203,8 @@ class FileSystem:
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
-            inode = await self.lookup(parent, name)
-            return inode, await self.files.open(inode, flags, caller.uid, caller.gids)
+            # It appeared meanwhile, and nobody has checked whether the caller may open it: the kernel is to look again.
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
         try:
             if (caller.uid, caller.gid) != self._user:
                 gid = await self._group_for(parent, caller)
@@ -233,38 +236,38 @@ class FileSystem:
     # --- removing and renaming -----------------------------------------------------------------------------------------
 
     async def unlink(self, parent: Inode, name: bytes) -> None:
-        async with self._going(parent, name) as (_, inode):
+        async with self._going(parent, name) as (st, inode):
             await self.descriptors.at("unlink", parent, self.backing.unlink, name)
             if inode is not None:
                 self.table.unname(inode, parent, name)
-                await self._lost_a_name(inode)
+                await self._lost_a_name(inode, st)
 
     async def rmdir(self, parent: Inode, name: bytes) -> None:
-        async with self._going(parent, name) as (_, inode):
+        async with self._going(parent, name) as (st, inode):
             await self.descriptors.at("rmdir", parent, self.backing.rmdir, name)
             if inode is not None:
                 self.table.unname(inode, parent, name)
-                await self._lost_a_name(inode)
+                await self._lost_a_name(inode, st)
 
     @contextlib.asynccontextmanager
     async def _going(self, parent: Inode, name: bytes) -> AsyncIterator[tuple[os.stat_result | None, Inode | None]]:
         """What is under a name that will be removed; if somebody knows it, it is held, to be reached without the name."""
         st, inode = await self._peek(parent, name)
         async with contextlib.AsyncExitStack() as stack:
-            if st is not None and inode is not None and (inode.lookups or inode.opens) and (st.st_nlink == 1 or inode.is_dir):
+            if st is not None and inode is not None and (inode.lookups or inode.opens):
                 with contextlib.suppress(OSError):
                     await stack.enter_async_context(self.descriptors.holding(inode))
             yield st, inode
         if inode is not None and inode.unlinked:
             self.drop(inode)
 
-    async def _lost_a_name(self, inode: Inode) -> None:
+    async def _lost_a_name(self, inode: Inode, before: os.stat_result | None) -> None:
         """A name is gone. With the last one the file lives on only in open handles, and unwritten data with nobody to read it."""
         try:
             await self.files.readopt(inode)
             gone = inode.st.st_nlink == 0
-        except OSError:
-            gone = True
+        except OSError:  # nobody knows: data that may still have a name is not to be thrown away
+            gone = before is None or before.st_nlink <= 1 or inode.is_dir
         if gone:
             inode.unlinked = True
             self.table.renumbered(inode)
@@ -286,7 +289,7 @@ class FileSystem:
                     self.table.name(target, parent, name)
                     await self.files.readopt(target)
                 else:
-                    await self._lost_a_name(target)
+                    await self._lost_a_name(target, target_st)
         if inode is not None:
             self.table.unname(inode, parent, name)
             self.table.name(inode, new_parent, new_name)

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from backing.base import Backing
 from cachefs.backingio import BackingIO, write_fully
@@ -24,6 +24,7 @@ class DataDescriptors:
     def __init__(self, io: BackingIO, descriptors: Descriptors) -> None:
         self.io = io
         self.descriptors = descriptors
+        self.noticed: Callable[[Inode], None] = lambda inode: None  # told of files that somebody else has changed
         self.count = 0
 
     async def reader(self, inode: Inode) -> int:
@@ -120,16 +121,19 @@ class FileSource:
 
     async def write(self, extents: Extents) -> tuple[int, OSError | None]:
         """Writes, restores the mtime that programs see, and notes what the backing shows now. Under `inode.lock`."""
-        inode = self.inode
+        inode, io, seen = self.inode, self.data.io, self.inode.st
         inode.busy += 1
         try:
             fd = await self.data.writer(inode)
-            io = self.data.io
-            done, error, st = await io.in_thread("write", write_extents, io.backing, fd, extents, inode.mtime_ns)
+            done, error, before, st = await io.in_thread("write", write_extents, io.backing, fd, extents, inode.mtime_ns)
+            if st is not None and inode.st is not seen:  # a rename or the like of ours has read them after the thread did
+                st = await io.call("stat", io.backing.fstat, fd)
         except OSError as problem:
             return 0, problem
         finally:
             inode.busy -= 1
+        if before is not None and signature_of(before)[:2] != inode.signature[:2] and inode.st is seen:
+            self.data.noticed(inode)  # somebody else's change, which ours would hide
         if st is not None:
             inode.ctime_shown = (st.st_ctime_ns, inode.attributes().ctime_ns)  # what was shown goes on being shown
             inode.st = st
@@ -140,10 +144,11 @@ class FileSource:
 
 def write_extents(
     backing: Backing, fd: int, extents: Extents, mtime_ns: int
-) -> tuple[int, OSError | None, os.stat_result | None]:
-    """Runs in the writeback thread: (extents written, what stopped it, attributes afterwards)."""
-    done, problem = 0, None
+) -> tuple[int, OSError | None, os.stat_result | None, os.stat_result | None]:
+    """Runs in the writeback thread: (extents written, what stopped it, attributes before, attributes afterwards)."""
+    done, problem, before = 0, None, None
     try:
+        before = backing.fstat(fd)
         for offset, buffers in extents:
             write_fully(backing, fd, buffers, offset)
             done += 1
@@ -152,6 +157,6 @@ def write_extents(
     try:
         with contextlib.suppress(PermissionError):  # not root, and somebody else's file that we may write
             backing.utime(fd, None, mtime_ns)
-        return done, problem, backing.fstat(fd)
+        return done, problem, before, backing.fstat(fd)
     except OSError as error:
-        return done, problem or error, None
+        return done, problem or error, before, None

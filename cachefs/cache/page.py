@@ -22,7 +22,7 @@ The states, and the bits a page has in each (no other combination is legal, `Gro
     DIRTY     -> WRITEBACK              start_writeback     PageCache.start_writeback
     WRITEBACK -> CLEAN, REDIRTIED -> DIRTY   finish_writeback   PageCache.finish_writeback
     WRITEBACK, REDIRTIED -> DIRTY       fail_writeback      PageCache.finish_writeback
-    CLEAN, DIRTY -> ABSENT              forget              PageCache.evict (clean only), .discard
+    CLEAN, DIRTY -> ABSENT              forget              PageCache._leave
 
 A FILLING page whose contents become wrong (truncate, invalidate) is *poisoned*: finish_fill makes it ABSENT.
 """

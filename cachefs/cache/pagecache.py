@@ -127,7 +127,7 @@ class PageCache:
             self._first_use(group, fresh)
             mask &= ~fresh
         if page == last_page:
-            mask &= mask - 1
+            mask &= ~(1 << first)
         if mask:
             self.policy.touch(group.key, mask)
         self.page_hits += count

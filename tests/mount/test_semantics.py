@@ -260,6 +260,53 @@ def test_regression_a_change_in_source_is_not_hidden_by_a_chmod_of_ours_behind_i
         assert os.pread(fd, 5, 0) == b"bbbbb"
 
 
+@pytest.mark.parametrize("ours", ["write", "utime", "truncate"])
+def test_regression_a_change_in_source_is_not_hidden_by_a_change_of_ours_behind_it(mounted: Factory, ours: str) -> None:
+    mount = mounted("--metadata-ttl", "0s")
+    (mount.source / "file").write_bytes(b"a" * 10_000)
+    with opened(os.fspath(mount.path / "file"), os.O_RDWR) as fd:
+        assert os.pread(fd, 20_000, 0) == b"a" * 10_000
+        with opened(os.fspath(mount.source / "file"), os.O_RDWR) as theirs:
+            os.pwrite(theirs, b"b" * 100, 9_000)
+        if ours == "write":
+            os.pwrite(fd, b"c", 0)
+            os.fsync(fd)
+        elif ours == "utime":
+            os.utime(fd, (1, 1))
+        else:
+            os.ftruncate(fd, 9_500)
+        assert os.pread(fd, 100, 9_000) == b"b" * 100
+
+
+def test_regression_a_file_that_appeared_in_source_is_not_opened_past_its_mode(mounted: Factory) -> None:
+    mount = mounted("--backing", "network", "--metadata-ttl", "30s")
+    os.chmod(mount.base, 0o755)
+    assert not (mount.path / "secret").exists()  # which the kernel now believes
+    (mount.source / "secret").write_bytes(b"of root")
+    (mount.source / "secret").chmod(0o600)
+    child = os.fork()
+    if not child:
+        try:
+            os.setgid(65534)
+            os.setuid(65534)
+            os.open(mount.path / "secret", os.O_RDWR | os.O_CREAT)
+        except PermissionError:
+            os._exit(0)
+        except OSError:
+            os._exit(2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_regression_an_open_hard_link_far_away_is_read_after_its_name_is_gone(mounted: Factory) -> None:
+    mount = mounted("--backing", "network")
+    (mount.source / "a").write_bytes(b"contents")
+    os.link(mount.source / "a", mount.source / "b")
+    with opened(os.fspath(mount.path / "a"), os.O_RDONLY) as fd:
+        os.unlink(mount.path / "a")
+        assert os.pread(fd, 99, 0) == b"contents"
+
+
 def test_of_two_changes_to_a_page_ours_stays_when_it_is_written_back_later(mounted: Factory) -> None:
     mount = mounted(*LATER, "--metadata-ttl", "0s")
     with opened(os.fspath(mount.path / "file"), RDWR_CREAT) as fd:
