@@ -92,6 +92,10 @@ class Backing(ABC):
     def truncate(self, fd: int, size: int) -> None:
         """Sets the size of a file; `fd` need not be writable if the caller may write the inode."""
 
+    def start_sync(self, fd: int, offset: int, nbytes: int) -> None:
+        """Begins to make a range durable, so that `fsync` has less to do later. A hint: waits for nothing, reports nothing."""
+        return
+
     @abstractmethod
     def fsync(self, fd: int, datasync: bool) -> None:
         """Makes a file durable and reports what the store failed to write since. Not on O_PATH descriptors."""

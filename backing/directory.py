@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 AT_EMPTY_PATH = 0x1000
 AT_SYMLINK_NOFOLLOW = 0x100
+SYNC_FILE_RANGE_WRITE = 2
 UTIME_OMIT = (1 << 30) - 2
 MAX_HANDLE_BYTES = 128
 
@@ -39,6 +40,7 @@ class _FileHandle(ctypes.Structure):
 
 
 _TimespecPair = _Timespec * 2
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 _libc.syncfs.argtypes = [ctypes.c_int]
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.fchmodat.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_int]
@@ -122,6 +124,9 @@ class DirectoryBacking(Backing):
             if error.errno not in (errno.EBADF, errno.EINVAL):  # O_PATH, read-only
                 raise
             os.truncate(_path(fd), size)
+
+    def start_sync(self, fd: int, offset: int, nbytes: int) -> None:
+        _libc.sync_file_range(fd, offset, nbytes, SYNC_FILE_RANGE_WRITE)
 
     def fsync(self, fd: int, datasync: bool) -> None:
         if datasync:

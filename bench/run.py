@@ -201,7 +201,7 @@ def bench_write(rounds: int) -> dict:
     with mounts.scratch() as work:
         source = work / "source"
         source.mkdir()
-        for i in range(min(rounds, 3)):
+        for i in range(min(rounds, 4)):
             bare = lambda: write_and_sync(source / "bare", nbytes)[0]  # noqa: E731
             bare_first = bare() if i % 2 == 0 else None  # in turn, so that neither always finds the disk busy
             with mounts.cachefs(work, source, "--cache-size", "256M", "--dirty-limit", "64M") as mounted, Watch(mounted) as watch:

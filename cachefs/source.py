@@ -11,6 +11,8 @@ from cachefs.backingio import BackingIO, write_fully
 from cachefs.descriptors import Descriptors
 from cachefs.inode import Inode, signature_of
 
+START_SYNC_BYTES = 1 << 20  # extents from this size on go to the disk at once, or all of a long write would be left to fsync
+
 Extents = Sequence[tuple[int, list[memoryview]]]
 
 
@@ -152,6 +154,9 @@ def write_extents(
         for offset, buffers in extents:
             write_fully(backing, fd, buffers, offset)
             done += 1
+            size = sum(len(buffer) for buffer in buffers)
+            if size >= START_SYNC_BYTES and not backing.blocking:
+                backing.start_sync(fd, offset, size)
     except OSError as error:
         problem = error if error.errno else OSError(errno.EIO, str(error))
     try:
