@@ -21,6 +21,7 @@ from cachefs.cache.readahead import Window
 from cachefs.descriptors import Descriptors
 from cachefs.handle import Handle
 from cachefs.inode import Inode, signature_of
+from cachefs.keeper import Keeper
 from cachefs.source import DataDescriptors, FileSource
 from cachefs.writeback import Writeback
 
@@ -62,6 +63,7 @@ class Files:
         cache: PageCache,
         filler: Filler,
         writeback: Writeback,
+        keeper: Keeper,
         readahead_max_bytes: int,
         metadata_ttl_seconds: float,
         changed: Callable[[Inode], None],
@@ -71,6 +73,7 @@ class Files:
         self.cache = cache
         self.filler = filler
         self.writeback = writeback
+        self.keeper = keeper
         self.data = DataDescriptors(io, descriptors)
         self.data.noticed = self._noticed
         self.handles: dict[int, Handle] = {}
@@ -132,6 +135,8 @@ class Files:
         if not contents and file is not None and not file.unwritten and signature[:2] != inode.signature[:2]:
             self._changed_underneath(inode, file, st)  # by somebody else, just before
         inode.signature = signature
+        if inode.journaled is not None:
+            self.keeper.changed(inode)
 
     def believed(self, inode: Inode) -> bool:
         """Whether the attributes need not be read: a backing far away was asked for them a short time ago."""
@@ -189,7 +194,7 @@ class Files:
             if not self.believed(inode):
                 await self.refresh(inode)
             changed = before != signature_of(inode.st)
-            self._ensure_file(inode)
+            self.ensure_file(inode)
             if flags & os.O_TRUNC:
                 await self.truncate(inode, 0, uid, gids)
         except BaseException:
@@ -205,10 +210,11 @@ class Files:
         """A handle on a file just created, with the descriptor it was created with."""
         inode.opens += 1
         self.data.created(inode, fd)
-        self._ensure_file(inode)
+        self.ensure_file(inode)
         return Opened(self._new_handle(inode, flags, uid, gids), True, False)
 
-    def _ensure_file(self, inode: Inode) -> CachedFile:
+    def ensure_file(self, inode: Inode) -> CachedFile:
+        """The cached file of an inode, new if there is none."""
         if inode.file is None:
             inode.file = self.cache.add_file(FileSource(inode, self.data), inode.st.st_size)
             inode.signature = signature_of(inode.st)
@@ -296,11 +302,17 @@ class Files:
         now = now_ns(inode)
         inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
 
-        def dirtied() -> None:
+        safe = True
+
+        def dirtied(at: int, nbytes: int) -> None:
+            nonlocal safe
             inode.epoch += 1
             self.writeback.note(inode)
+            safe = self.keeper.wrote(inode, at, nbytes) and safe
 
         await self.filler.write(file, offset, data, dirtied)
+        if not safe:
+            await self.writeback.flush(inode)
         if handle.synchronous:
             await self.fsync(number, True)
         return len(data)
@@ -326,16 +338,21 @@ class Files:
     async def _truncate_backing(self, inode: Inode, size: int) -> None:
         await self.notice_locked(inode)
         backing = self.io.backing
+        self.keeper.cut(inode, size)
         inode.busy += 1
         try:
             if inode.writer >= 0:
                 await self.io.call("truncate", backing.truncate, inode.writer, size)
             else:
                 await self.descriptors.at("truncate", inode, backing.truncate, size)
+        except BaseException:
+            self.keeper.cut_failed(inode)
+            raise
         finally:
             inode.busy -= 1
         if inode.file is not None:  # at once: the backing has it, whatever becomes of the look at its attributes
             self.cache.truncate(inode.file, size)
+            self.keeper.cut_done(inode, size)
         await self.readopt(inode, contents=True)
 
     async def kill_set_id(self, inode: Inode, gids: frozenset[int]) -> None:

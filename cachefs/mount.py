@@ -20,6 +20,7 @@ from cachefs.config import Config
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode
 from cachefs.metrics import MetricsServer, make_registry
+from cachefs.recovery import Predecessor, Recovery
 from cachefs.stack import Stack, raise_descriptor_limit
 from cachefs.state import State
 from cachefs.statistics import Statistics
@@ -46,8 +47,9 @@ def serve(config: Config, state: State, ready: Callable[[Mapping[str, object]], 
     sys.setswitchinterval(SWITCH_SECONDS)
     os.umask(0)  # modes come with the callers' own umask
     backing = make_backing(config)
+    predecessor = Predecessor(config, state.directory) if config.durability != "none" else None
     try:
-        return trio.run(functools.partial(Mount(config, state, backing).run, ready))
+        return trio.run(functools.partial(Mount(config, state, backing, predecessor).run, ready))
     except BaseExceptionGroup as group:
         # Not `except*`: what is raised in there comes out in a group again.
         problem = _lone_problem(group)
@@ -66,8 +68,9 @@ def _lone_problem(error: BaseException) -> CachefsError | None:
 class Mount:
     """Everything that belongs to one mount."""
 
-    def __init__(self, config: Config, state: State, backing: Backing) -> None:
+    def __init__(self, config: Config, state: State, backing: Backing, predecessor: Predecessor | None) -> None:
         self.config = config
+        self.predecessor = predecessor
         self.state = state
         self.backing = backing
         self.stopping = False
@@ -88,6 +91,7 @@ class Mount:
             self.tasks = Guarded(nursery)
             self.stack = Stack(self.config, self.backing, self.tasks, self._changed)
             self.commands = Commands(self)
+            await self._recover()
             try:
                 self._connect(nursery)
                 await self._start_services(nursery)
@@ -107,6 +111,11 @@ class Mount:
             await self._finish()
             nursery.cancel_scope.cancel()
         return self.exit_status
+
+    async def _recover(self) -> None:
+        """Writes what a killed predecessor could not; the mountpoint does not answer before."""
+        if self.predecessor is not None:
+            await Recovery(self.stack, self.predecessor, lambda done, total: None).run()
 
     def _connect(self, nursery: trio.Nursery) -> None:
         """Mounts and begins to answer."""
@@ -221,6 +230,8 @@ class Mount:
         if os.environ.get("CACHEFS_CHECK"):
             self._check()
         pyfuse3.close(unmount=False)
+        if self.stack.keeper.journal is not None:
+            self.stack.keeper.journal.close()
         if self.metrics is not None:
             self.metrics.close()
         log.info("unmounted %s", self.config.mountpoint)
