@@ -130,6 +130,7 @@ class Files:
         """Takes in attributes after a change of our own, one of `contents` and mtime or one that leaves these alone."""
         inode.epoch += 1
         inode.st = st
+        inode.unsynced = True
         inode.checked_at = trio.current_time()
         file, signature = inode.file, signature_of(st)
         if not contents and file is not None and not file.unwritten and signature[:2] != inode.signature[:2]:
@@ -226,9 +227,9 @@ class Files:
         return self._last_handle
 
     async def flush(self, number: int) -> None:
-        """close(2): on a backing far away the data goes there now; in any case an error not yet reported is."""
+        """close(2): on a backing far away the data goes there now, unless the journal is to be enough; errors are reported."""
         handle = self.handles[number]
-        if self.io.backing.blocking and handle.writable and handle.inode.unwritten:
+        if self.io.backing.blocking and self.keeper.synced is None and handle.writable and handle.inode.unwritten:
             await self._write_out(handle.inode)
         self._report(handle)
 
@@ -334,6 +335,7 @@ class Files:
         if inode.file is not None:
             inode.mtime_ns = inode.st.st_mtime_ns
             inode.ctime_shown = (inode.ctime_shown[0], inode.st.st_ctime_ns)
+            self.keeper.changed(inode)
 
     async def _truncate_backing(self, inode: Inode, size: int) -> None:
         await self.notice_locked(inode)
@@ -372,13 +374,23 @@ class Files:
         """Everything written to the file so far is on the backing, and durable there, when this returns without error."""
         handle = self.handles[number]
         inode = handle.inode
-        await self._write_out(inode)
+        if self.keeper.synced is None:
+            await self._write_out(inode)
+        else:
+            await self.keeper.sync(inode)
         self._report(handle)
+        if inode.unsynced or self.keeper.synced is None:
+            await self._sync_backing(handle, datasync)
+
+    async def _sync_backing(self, handle: Handle, datasync: bool) -> None:
+        inode = handle.inode
         inode.busy += 1
         try:
             fd = inode.writer if inode.writer >= 0 else await self.data.reader(inode)
+            inode.unsynced = False
             await self.io.in_thread("fsync", self.io.backing.fsync, fd, datasync)
         except OSError as error:  # the backing tells each descriptor once, and all handles share ours
+            inode.unsynced = True
             inode.error_count += 1
             inode.error_errno = error.errno or errno.EIO
             handle.errors_seen = inode.error_count

@@ -412,6 +412,9 @@ class FileSystem:
     async def sync(self) -> list[Inode]:
         """Writes everything out and makes it durable; returns what could not be written."""
         failed = await self.writeback.flush_all()
-        inode = self.table.root
-        await self.io.in_thread("syncfs", self.backing.syncfs, inode.fd)
+        await self.make_durable()
         return failed
+
+    async def make_durable(self) -> None:
+        """Has the backing make durable what it has."""
+        await self.io.in_thread("syncfs", self.backing.syncfs, self.table.root.fd)

@@ -38,7 +38,7 @@ class Inode:
     __slots__ = (
         "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "epoch", "error_count",
         "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "key", "lookups", "mtime_ns", "names", "node", "opens",
-        "reader", "retry_at", "retry_seconds", "signature", "st", "unlinked", "writer",
+        "reader", "retry_at", "retry_seconds", "signature", "st", "unlinked", "unsynced", "writer",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -65,6 +65,7 @@ class Inode:
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
         self._lock: trio.Lock | None = None
         self.unlinked = False  # its last name is gone
+        self.unsynced = True  # the backing may have something of it that is not durable there
 
     @property
     def lock(self) -> trio.Lock:

@@ -6,15 +6,19 @@ journal always holds exactly the unwritten pages (`check`). Without a journal (`
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+
+import trio
 
 from backing.base import Backing
 from cachefs.cache.page import GROUP_SHIFT, PAGE_SHIFT, PAGE_SIZE, pieces
 from cachefs.cache.pagecache import PageCache
 from cachefs.inode import Inode, InodeTable
 from cachefs.journal.journal import Journal, JournalFile
-from cachefs.journal.records import FileRecord
+from cachefs.journal.records import FileRecord, PagesRecord
 from cachefs.journal.slots import JournalFull
+from cachefs.journal.synced import Synced, rows_of
 from cachefs.statistics import JournalStatistics
 
 log = logging.getLogger(__name__)
@@ -28,6 +32,10 @@ class Keeper:
         self.table = table
         self.backing = backing
         self.journal: Journal | None = None
+        self.synced: Synced | None = None  # with --durability journal: what fsync has made durable there
+        self.retiring: set[Inode] = set()  # written back, and named by `synced` still
+        self.make_durable: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint  # the backing, whole
+        self._syncing = trio.Lock()
         self.replayed_bytes = 0
         self.written_through = 0  # writes that the journal could not take
         self._failing = False
@@ -107,6 +115,63 @@ class Keeper:
         kept.record.signature = inode.signature
         self._remove(journal, inode, kept, pages, last_seq)
 
+    # --- making durable ------------------------------------------------------------------------------------------------
+
+    async def sync(self, inode: Inode) -> None:
+        """What is unwritten of the file survives a power cut when this returns; OSError where the disk refuses."""
+        async with self._syncing:
+            journal, synced, kept = self.journal, self.synced, inode.journaled
+            if journal is None or synced is None or kept is None or not kept.cover:
+                return
+            record, rows, entries = replace(kept.record, seq=journal.seq), rows_of(kept), set(kept.cover.values())
+            before = kept.synced
+            for entry in entries:
+                entry.synced = True  # its slots stay, whatever becomes of its pages meanwhile
+            kept.synced = before | entries
+            try:
+                await trio.to_thread.run_sync(_store, journal, synced, record, rows)
+            except BaseException:
+                journal.unsync(kept, entries - before)
+                raise
+            journal.unsync(kept, before - entries)
+
+    async def retire(self) -> None:
+        """Lets go of what was synced of files that are written back by now, once that is durable on the backing."""
+        journal = self.journal
+        retiring = [inode for inode in self.retiring if inode.journaled is not None and not inode.journaled.cover]
+        self.retiring.clear()
+        if journal is None or self.synced is None or not retiring:
+            return
+        old = [(inode, kept, set(kept.synced)) for inode in retiring if (kept := inode.journaled) is not None]
+        try:
+            await self.make_durable()
+        except OSError as error:
+            self.retiring.update(retiring)
+            log.warning("SOURCE cannot be made durable (%s): the journal keeps what was synced", error.strerror)
+            return
+        async with self._syncing:
+            same = [(inode, kept) for inode, kept, entries in old if kept.synced == entries and not kept.cover]
+            await trio.to_thread.run_sync(self.synced.drop, [kept.record.file for _, kept in same])
+            for inode, kept in same:
+                journal.unsync(kept, set(kept.synced))
+                if not kept.cover and inode.journaled is kept:
+                    inode.journaled = None
+
+    async def close(self) -> None:
+        """The end. The journal's files are removed if the backing has everything, and has it durably if that was promised."""
+        journal, needed = self.journal, False
+        if journal is None:
+            return
+        if self.synced is not None:
+            try:
+                await self.make_durable()
+            except OSError as error:
+                needed = bool(len(self.synced))
+                log.error("SOURCE cannot be made durable (%s): the journal is kept", error.strerror)
+            self.synced.close()
+        journal.close(needed)
+        self.journal = None
+
     # --- other changes -------------------------------------------------------------------------------------------------
 
     def cut(self, inode: Inode, size: int) -> None:
@@ -173,7 +238,11 @@ class Keeper:
     def _remove(self, journal: Journal, inode: Inode, kept: JournalFile, pages: list[int], last_seq: int) -> None:
         with self._tolerating():
             journal.remove(kept, pages, last_seq)
-        if not kept.cover:
+        if kept.cover:
+            return
+        if kept.synced:
+            self.retiring.add(inode)
+        else:
             inode.journaled = None
 
     @contextlib.contextmanager
@@ -208,6 +277,11 @@ class Keeper:
                     unwritten.update(_pages(offset, nbytes))
             assert kept <= unwritten, f"the journal has pages that are not unwritten: {sorted(kept - unwritten)[:5]}"
             assert kept == unwritten or self.written_through, f"not in the journal: {sorted(unwritten - kept)[:5]}"
+
+
+def _store(journal: Journal, synced: Synced, record: FileRecord, rows: list[PagesRecord]) -> None:
+    journal.data.sync()
+    synced.store(record, rows)
 
 
 def _pages(offset: int, nbytes: int) -> range:

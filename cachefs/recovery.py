@@ -24,10 +24,11 @@ from cachefs.config import Config
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode, signature_of
 from cachefs.journal.index import VERSION
-from cachefs.journal.journal import DATA_FILE, INDEX_FILE, Journal, JournalFile, JournalFull
+from cachefs.journal.journal import DATA_FILE, INDEX_FILE, SYNCED_FILE, Journal, JournalFile, JournalFull
 from cachefs.journal.load import Found, load
 from cachefs.journal.records import FileRecord, PagesRecord, checksum
 from cachefs.journal.setaside import set_aside
+from cachefs.journal.synced import Synced
 from cachefs.stack import Stack
 from cachefs.state import make_private
 from cachefs.units import format_size
@@ -47,6 +48,7 @@ class Left:
     record: FileRecord
     pages: list[PagesRecord]
     inode: Inode | None = None
+    durable: bool = False  # fsynced with --durability journal: counts whatever happened to the machine
 
 
 class Predecessor:
@@ -60,6 +62,7 @@ class Predecessor:
         make_private(self.directory)
         self.index_path = os.path.join(self.directory, INDEX_FILE)
         self.found = load(self.index_path) or Found()
+        self.synced = load(os.path.join(self.directory, SYNCED_FILE)) or Found()
         if self.found.version > VERSION:
             raise CachefsError(
                 f"the journal {self.directory} was written by a newer cachefs (format {self.found.version}, this one knows "
@@ -73,8 +76,14 @@ class Predecessor:
     @property
     def left(self) -> list[Left]:
         """The files with something in the journal, those first that were changed first."""
-        files = sorted(self.found.files.values(), key=lambda record: record.seq)
-        return [Left(record, sorted(self.found.pages.get(record.file, []), key=lambda pages: pages.seq)) for record in files]
+        left = [Left(record, self.found.pages.get(record.file, [])) for record in self.found.files.values()]
+        if not self.trusted:
+            synced = self.synced.files
+            for file in left:  # the durable index has all there was up to its record
+                if file.record.file in synced:
+                    file.pages = [pages for pages in file.pages if pages.seq > synced[file.record.file].seq]
+            left += [Left(record, self.synced.pages.get(record.file, []), durable=True) for record in synced.values()]
+        return sorted(left, key=lambda file: file.record.seq)
 
     def keep_damaged(self) -> str:
         """Gives the index another name; it keeps its own one too until a new index takes that."""
@@ -85,7 +94,7 @@ class Predecessor:
 
     def check_source(self, meta: dict[bytes, bytes]) -> None:
         """Refuses a journal with something in it that belongs to another SOURCE."""
-        if not self.found.files:
+        if not self.found.files and not self.synced.files:
             return
         for key in (b"source", b"root"):
             theirs = self.found.meta.get(key, meta[key])
@@ -139,6 +148,7 @@ class Recovery:
         self.stack.keeper.journal = journal = self._open(placed)
         for file in placed:
             await self._replay(journal, file)
+        await self._settle_synced(journal)
         if left:
             size = format_size(self.stack.keeper.replayed_bytes)
             log.info("replayed %s in %d files from the journal", size, len(placed))
@@ -177,6 +187,25 @@ class Recovery:
         except (OSError, JournalFull) as error:
             raise CachefsError(f"can't make a journal in {predecessor.directory}: {error or 'no room'}") from None
 
+    async def _settle_synced(self, journal: Journal) -> None:
+        """What the durable index had is durable on the backing, or in a new one, before the old one goes."""
+        keeper, predecessor = self.stack.keeper, self.predecessor
+        path = os.path.join(predecessor.directory, SYNCED_FILE)
+        if predecessor.synced.files:
+            try:
+                await keeper.make_durable()
+            except OSError as error:
+                raise CachefsError(f"SOURCE cannot be made durable ({error.strerror}): {self._all_kept()}") from None
+        durable = self.stack.config.durability == "journal"
+        if durable:
+            _remove(path + ".new")
+            keeper.synced = Synced(path + ".new", journal.slots.count)
+            for inode in list(self.stack.writeback.dirty):
+                await keeper.sync(inode)
+            os.rename(path + ".new", path)
+        else:
+            _remove(path)
+
     # --- finding files -----------------------------------------------------------------------------------------------------
 
     async def _placed(self, left: Left) -> bool:
@@ -185,7 +214,7 @@ class Recovery:
         inode = await self._find(left.record)
         if inode is None:
             return self._set_aside(left, "the file is gone, or another one has its place")
-        if not self.predecessor.trusted and left.record.signature != signature_of(inode.st):
+        if not (self.predecessor.trusted or left.durable) and left.record.signature != signature_of(inode.st):
             return self._set_aside(left, "the file was changed after this was written down, and the machine went down meanwhile")
         left.inode = inode
         return True
@@ -348,6 +377,11 @@ class Recovery:
 
     def _all_kept(self) -> str:
         return f"nothing is lost, the journal keeps {format_size(self.all_bytes)}; mount again"
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _name(record: FileRecord) -> str:

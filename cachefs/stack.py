@@ -64,6 +64,7 @@ class Stack:
             config.readahead_max_bytes, config.metadata_ttl_seconds, changed,
         )  # fmt: skip
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
+        self.keeper.make_durable = self.fs.make_durable
 
     def _settled(self, inode: Inode) -> None:
         self.files.data.settle(inode)

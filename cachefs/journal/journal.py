@@ -128,6 +128,14 @@ class Journal:
             if old is not None:
                 self._lose(file, old, 1)
 
+    def unsync(self, file: JournalFile, entries: Iterable[Entry]) -> None:
+        """The durable index does not name these any more."""
+        for entry in entries:
+            entry.synced = False
+            file.synced.discard(entry)
+            if not entry.live:
+                self.slots.give(entry.run)
+
     def _lose(self, file: JournalFile, entry: Entry, pages: int) -> None:
         entry.live -= pages
         if not entry.live:
@@ -207,9 +215,9 @@ class Journal:
     def used_bytes(self) -> int:
         return self.slots.used * PAGE_SIZE
 
-    def close(self) -> None:
-        """Closes the files, and removes them where nothing is in them that is not on the backing."""
-        empty = not self.files
+    def close(self, needed: bool = False) -> None:
+        """Closes the files, and removes them where nothing is in them that is not on the backing, unless they are `needed`."""
+        empty = not self.files and not needed
         self.index.close()
         self.data.close()
         if empty:

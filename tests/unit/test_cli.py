@@ -22,8 +22,8 @@ from cachefs.statistics import (
     BackingStatistics,
     CacheStatistics,
     FileSystemStatistics,
-    JournalStatistics,
     Histogram,
+    JournalStatistics,
     Statistics,
     WritebackStatistics,
 )
