@@ -75,7 +75,7 @@ class Keeper:
     def _add(self, journal: Journal, inode: Inode) -> JournalFile:
         device, number = inode.key
         record = FileRecord(
-            0, 0, device, number, 0, 0, inode.signature, False, self._handle(inode), self.table.paths(inode)
+            0, 0, device, number, 0, 0, inode.signature, False, False, self._handle(inode), self.table.paths(inode)
         )
         inode.journaled = journal.add(record)
         return inode.journaled
@@ -182,6 +182,7 @@ class Keeper:
         journal, kept = self.journal, inode.journaled
         if journal is not None and kept is not None:
             kept.record.size = size
+            kept.record.cutting = True
             with self._tolerating():
                 journal.remove(kept, _behind(kept, size), journal.seq, keep=True)
 
@@ -191,6 +192,7 @@ class Keeper:
         if journal is None or kept is None or file is None:
             return
         kept.record.signature = inode.signature
+        kept.record.cutting = False
         kept.record.size = file.size
         self._remove(journal, inode, kept, _behind(kept, file.size), journal.seq)
         page, tail = divmod(size, PAGE_SIZE)
@@ -199,9 +201,13 @@ class Keeper:
 
     def cut_failed(self, inode: Inode) -> None:
         """It could not be truncated: what was given up comes back."""
-        if inode.file is not None and inode.journaled is not None:
-            for offset, nbytes in inode.file.dirty_extents():
+        journal, kept, file = self.journal, inode.journaled, inode.file
+        if journal is not None and kept is not None and file is not None:
+            kept.record.cutting = False
+            kept.record.size = file.size
+            for offset, nbytes in file.dirty_extents():
                 self.wrote(inode, offset, nbytes)
+            self._remove(journal, inode, kept, [], journal.seq)  # has the record say so
 
     def changed(self, inode: Inode) -> None:
         """Its times, or the backing's, are others now, by a change of ours."""
