@@ -4,6 +4,7 @@ A hit goes `read` -> `PageCache.lookup` and back with no await that could give t
 """
 
 import errno
+import math
 import os
 import stat
 import time
@@ -20,7 +21,7 @@ from cachefs.cache.pagecache import PageCache
 from cachefs.cache.readahead import Window
 from cachefs.descriptors import Descriptors
 from cachefs.handle import Handle
-from cachefs.inode import Inode, signature_of
+from cachefs.inode import Inode, patched, signature_of
 from cachefs.source import DataDescriptors, FileSource
 from cachefs.writeback import Writeback
 
@@ -154,14 +155,28 @@ class Files:
             if epoch == inode.epoch and not file.unwritten and signature_of(st) != inode.signature:
                 self._changed_underneath(inode, file, st)
 
-    async def readopt(self, inode: Inode, contents: bool = False) -> None:
-        """Reads the attributes after a change of our own, again if there was one more meanwhile."""
-        for _ in range(STAT_TRIES):
-            epoch = inode.epoch
-            st = await self._stat(inode)
-            if epoch == inode.epoch:
-                return self.adopt(inode, st, contents)
-        self.adopt(inode, st, contents=True)  # too busy to tell somebody else's change from ours
+    async def readopt(self, inode: Inode, contents: bool = False, **known: int) -> bool:
+        """Reads the attributes after a change of our own, again if there was one more meanwhile; whether that worked.
+
+        The change is done, whatever becomes of the look at it. Where that fails, the attributes that the change is `known`
+        to have left (by their names in os.stat_result) are shown until the next look, which is due at once.
+        """
+        try:
+            for _ in range(STAT_TRIES):
+                epoch = inode.epoch
+                st = await self._stat(inode)
+                if epoch == inode.epoch:
+                    self.adopt(inode, st, contents)
+                    return True
+            self.adopt(inode, st, contents=True)  # too busy to tell somebody else's change from ours
+            return True
+        except OSError:
+            inode.epoch += 1
+            inode.st = patched(inode.st, **known)
+            inode.checked_at = -math.inf
+            if contents:
+                inode.signature = (inode.st.st_mtime_ns, inode.st.st_size, inode.signature[2])
+            return False
 
     async def _stat(self, inode: Inode) -> os.stat_result:
         fd = max(inode.reader, inode.writer)
@@ -336,7 +351,7 @@ class Files:
             inode.busy -= 1
         if inode.file is not None:  # at once: the backing has it, whatever becomes of the look at its attributes
             self.cache.truncate(inode.file, size)
-        await self.readopt(inode, contents=True)
+        await self.readopt(inode, contents=True, st_size=size, st_mtime_ns=now_ns(inode))
 
     async def kill_set_id(self, inode: Inode, gids: frozenset[int]) -> None:
         """A write or truncate by somebody who is not root takes set-user-id away, and set-group-id as well.
@@ -349,7 +364,7 @@ class Files:
             drop |= mode & stat.S_ISGID
         if drop:
             await self.descriptors.at("chmod", inode, self.io.backing.chmod, stat.S_IMODE(mode & ~drop))
-            await self.readopt(inode)
+            await self.readopt(inode, st_mode=mode & ~drop)
 
     async def fsync(self, number: int, datasync: bool) -> None:
         """Everything written to the file so far is on the backing, and durable there, when this returns without error."""

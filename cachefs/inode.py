@@ -17,12 +17,26 @@ from cachefs.cache.file import CachedFile
 ROOT_NODE = 1
 FIRST_MADE_UP_NODE = 1 << 62  # node ids of files whose own number is taken: other devices, numbers 0 and 1
 
+_NUMBERED_FIELDS = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_size")
+_NAMED_FIELDS = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blksize", "st_blocks", "st_rdev")
+
 Signature = tuple[int, int, int]
 
 
 def signature_of(st: os.stat_result) -> Signature:
     """What changes whenever somebody changes a file's contents: mtime, size, ctime."""
     return st.st_mtime_ns, st.st_size, st.st_ctime_ns
+
+
+def patched(st: os.stat_result, **fields: int) -> os.stat_result:
+    """`st` with other values in some of st_mode, st_nlink, st_uid, st_gid, st_size, st_atime_ns and st_mtime_ns."""
+    values, named = list(st), {name: getattr(st, name) for name in _NAMED_FIELDS}
+    for name, value in fields.items():
+        if name in named:
+            named[name] = value
+        else:
+            values[_NUMBERED_FIELDS.index(name)] = value
+    return os.stat_result(values, named)
 
 
 class Inode:
