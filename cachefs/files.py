@@ -23,6 +23,7 @@ from cachefs.descriptors import Descriptors
 from cachefs.handle import Handle
 from cachefs.inode import Inode, patched, signature_of
 from cachefs.source import DataDescriptors, FileSource
+from cachefs.space import Space
 from cachefs.writeback import Writeback
 
 CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of file times, so that ours and the backing's do not cross
@@ -74,6 +75,7 @@ class Files:
         self.writeback = writeback
         self.data = DataDescriptors(io, descriptors)
         self.data.noticed = self._noticed
+        self.space = Space(io, descriptors, writeback)
         self.handles: dict[int, Handle] = {}
         self.changed = changed
         self.ttl_seconds = metadata_ttl_seconds
@@ -297,11 +299,13 @@ class Files:
             self.window_pages = self.io.speed.window_pages(self._readahead_max_pages)
 
     async def write(self, number: int, offset: int, data: bytes | memoryview) -> int:
-        """Copies `data` into the cache; it is dirty, and acknowledged, when this returns."""
+        """Copies `data` into the cache; it is dirty, and acknowledged, when this returns. Only part of it on a full backing."""
         handle = self.handles[number]
         inode, file = handle.inode, handle.inode.file
         if file is None or not data:
             return 0
+        if not self.space.has_room(offset, len(data), file.size):
+            data = data[: await self.space.admit(inode, offset, len(data), file.size)]
         if handle.uid and inode.st.st_mode & SET_ID:
             await self.kill_set_id(inode, handle.gids)
         if offset + len(data) > EXTEND_AT_ONCE_BYTES and offset + len(data) > inode.st.st_size:

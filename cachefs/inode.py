@@ -49,7 +49,7 @@ class Inode:
     __slots__ = (
         "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "epoch", "error_count",
         "error_errno", "fd", "fd_busy", "file", "handle", "key", "lookups", "mtime_ns", "names", "node", "opens",
-        "reader", "retry_at", "retry_seconds", "signature", "st", "unlinked", "writer",
+        "reader", "retry_at", "retry_seconds", "signature", "st", "tries", "unlinked", "writer",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -73,6 +73,7 @@ class Inode:
         self.error_count = 0  # failures of writeback; a handle that has seen fewer reports `error_errno`
         self.error_errno = 0
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
+        self.tries = 0  # failures of writeback since it last succeeded
         self._lock: trio.Lock | None = None
         self.unlinked = False  # its last name is gone
 

@@ -135,6 +135,7 @@ class Mount:
     async def _start_services(self, nursery: trio.Nursery) -> None:
         self.tasks.start_service(self.stack.writeback.run)
         self.tasks.start_service(self._sweep)
+        self.tasks.start_service(self.stack.files.space.watch)
         await nursery.start(controlserver.serve, self.state.socket_path, self.commands.handlers())
         if self.config.metrics_host is not None:
             token = trio.lowlevel.current_trio_token()

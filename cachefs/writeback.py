@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 BATCH_BYTES = 8 << 20  # what one call writes: enough to be worth a thread switch, little enough to see progress
 BATCH_EXTENTS = 1024
 BATCHES_MAX = 4
+NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))  # others are refused to write while a file fails with these
 RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 0.5, 30.0
 PAUSE_MOST_SECONDS = 0.2  # longest single pause of a writer below the limit
 
@@ -57,6 +58,7 @@ class Writeback:
         self.interval_seconds = interval_seconds
         self.settled = settled
         self.dirty: dict[Inode, int] = {}  # {inode with unwritten data: page where its next batch begins}
+        self.refused: dict[Inode, int] = {}  # {inode whose last batch found no room: errno}
         self.written_bytes = 0
         self.errors: Counter[str] = Counter()  # {errno name: batches that failed}
         self.throttle_seconds = 0.0
@@ -158,7 +160,7 @@ class Writeback:
                 passed_by = True
             elif not file.dirty_pages or now < inode.retry_at:
                 continue
-            elif everything or now - file.dirty_since >= self.expire_seconds:
+            elif everything or inode in self.refused or now - file.dirty_since >= self.expire_seconds:
                 due.append(inode)
         else:
             self._write_soon = self._write_soon and passed_by
@@ -279,6 +281,8 @@ class Writeback:
     def _note_result(self, inode: Inode, error: OSError | None) -> None:
         if error is None:
             inode.retry_at = inode.retry_seconds = 0.0
+            inode.tries = 0
+            self.refused.pop(inode, None)
             if not inode.unwritten:
                 self._clean(inode)
             elif inode in self.dirty:
@@ -289,12 +293,25 @@ class Writeback:
         self.errors[name] += 1
         if not inode.retry_seconds:
             log.error("cannot write to the backing: %s (inode %d); the data is kept and tried again", name, inode.node)
+        inode.tries += 1
         inode.error_count += 1
         inode.error_errno = number
+        if number in NO_ROOM:
+            self.refused[inode] = number
+        else:
+            self.refused.pop(inode, None)
         inode.retry_seconds = min(max(RETRY_FIRST_SECONDS, 2 * inode.retry_seconds), RETRY_MOST_SECONDS)
         inode.retry_at = self.cache.clock() + inode.retry_seconds
 
+    def retry(self, number: int) -> None:
+        """What failed with this errno may succeed now: the pauses of these files are over."""
+        for inode, why in self.refused.items():
+            if why == number:
+                inode.retry_at = 0.0
+        self.kick()
+
     def _clean(self, inode: Inode) -> None:
+        self.refused.pop(inode, None)
         if self.dirty.pop(inode, None) is not None:
             self.settled(inode)
 
