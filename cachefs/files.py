@@ -376,15 +376,51 @@ class Files:
         inode = handle.inode
         await self._write_out(inode)
         self._report(handle)
+        try:
+            await self.make_durable(inode, datasync)
+        except OSError:
+            handle.errors_seen = inode.error_count
+            raise
+
+    async def make_durable(self, inode: Inode, datasync: bool = False) -> None:
+        """What has been written back of a file is durable on the backing when this returns without error."""
+        self.data.unsynced.pop(inode, None)  # what is written from now on is not this call's
         inode.busy += 1
         try:
             fd = inode.writer if inode.writer >= 0 else await self.data.reader(inode)
             await self.io.in_thread("fsync", self.io.backing.fsync, fd, datasync)
         except OSError as error:  # the backing tells each descriptor once, and all handles share ours
+            if self.io.backing.blocking:
+                self.data.unsynced[inode] = None
             inode.error_count += 1
             inode.error_errno = error.errno or errno.EIO
-            handle.errors_seen = inode.error_count
             raise
         finally:
             inode.busy -= 1
             self.data.settle(inode)
+
+    async def discard_unwritten(self, inode: Inode) -> int:
+        """Gives up what is dirty of one file, which then shows what the backing has; returns how many bytes were given up.
+
+        The lock keeps writeback and truncate out, so nothing of it is being written. Open handles stay.
+        """
+        async with inode.lock:
+            try:
+                st = await self._stat(inode)
+            except OSError:  # it cannot even be looked at: what it was when it could
+                st = inode.st
+            # From here on nothing waits: programs see the file change at once.
+            file = inode.file
+            if file is None or not file.dirty_pages:
+                return 0
+            given_up = self.cache.give_up(file)
+            if signature_of(st) != inode.signature:
+                self.cache.invalidate(file)
+            self.cache.truncate(file, st.st_size)
+            self.adopt(inode, st, contents=True)
+            inode.mtime_ns = st.st_mtime_ns
+            inode.ctime_shown = (st.st_ctime_ns, now_ns(inode))  # for whoever compares: the contents have changed, now
+            inode.changes += 1
+            self.changed(inode)
+            self.writeback.given_up(inode)
+            return given_up

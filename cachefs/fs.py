@@ -81,6 +81,21 @@ class FileSystem:
         self.files.absorb(inode, st)
         return inode
 
+    @contextlib.asynccontextmanager
+    async def at_path(self, path: bytes) -> AsyncIterator[Inode]:
+        """The inode at a path below the root, b"" = the root, known as long as one is inside. Follows no symbolic link."""
+        inode, found = self.table.root, []
+        try:
+            for name in path.split(b"/") if path else ():
+                if name in (b"", b".", b".."):  # the last one would lead out of SOURCE
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+                inode = await self.lookup(inode, name)
+                found.append(inode)
+            yield inode
+        finally:
+            for passed in reversed(found):
+                self.forget(passed.node, 1)
+
     async def _peek(self, parent: Inode, name: bytes) -> tuple[os.stat_result | None, Inode | None]:
         """What is there under a name now, and the inode if it is a known one."""
         try:
@@ -106,6 +121,7 @@ class FileSystem:
         dropped = self.table.drop(inode)
         for gone in dropped:
             self.descriptors.close(gone)
+            self.files.data.unsynced.pop(gone, None)
             self._idle.pop(gone, None)
         if not dropped and inode.file is not None and inode.file.resident_pages:
             self._idle[inode] = None
@@ -416,9 +432,6 @@ class FileSystem:
         async with inode.lock:
             await self._change(inode, "removexattr", self.backing.removexattr, name)
 
-    async def sync(self) -> list[Inode]:
-        """Writes everything out and makes it durable; returns what could not be written."""
-        failed = await self.writeback.flush_all()
-        inode = self.table.root
-        await self.io.in_thread("syncfs", self.backing.syncfs, inode.fd)
-        return failed
+    async def syncfs(self) -> None:
+        """Everything that was written back, and every name, is durable when this returns without error."""
+        await self.io.in_thread("syncfs", self.backing.syncfs, self.table.root.fd)

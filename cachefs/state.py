@@ -12,7 +12,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from cachefs import mountinfo
@@ -26,6 +26,7 @@ _POLL_SECONDS = 0.05
 _LOCK_FILE = "lock"
 _RECORD_FILE = "daemon.json"
 _LOG_FILE = "cachefs.log"
+_END_FILE = "last-end.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,11 @@ class State:
         """From now on a mount of the same SOURCE waits for us instead of being refused."""
         with contextlib.suppress(CachefsError):  # a full disk must not keep us from writing out
             self.publish(STOPPING)
+
+    def note_end(self, unwritten: Sequence[Mapping[str, object]]) -> None:
+        """Leaves a note of what could not be written, for who asked us to end and did not get our last words."""
+        with contextlib.suppress(CachefsError):
+            _write_atomically(os.path.join(self.directory, _END_FILE), json.dumps([os.getpid(), unwritten]))
 
     def close(self) -> None:
         """Gives the state up: removes what names this process, then the lock."""
@@ -175,6 +181,16 @@ def find_daemon(path: str) -> DaemonRecord | None:
         if record.mountpoint == real:
             return record
     return next((record for record in live if record.source == real), None)
+
+
+def how_it_ended(record: DaemonRecord) -> list[dict[str, object]] | None:
+    """What this daemon could not write by the end of its mount; None if it left no word of that, as one that was killed."""
+    try:
+        with open(os.path.join(record.state_dir, _END_FILE), encoding="ascii") as file:
+            pid, unwritten = json.load(file)
+    except (OSError, ValueError, TypeError):
+        return None
+    return list(unwritten) if pid == record.pid else None
 
 
 def _live_record(path: str) -> DaemonRecord | None:

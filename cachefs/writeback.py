@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import trio
 
@@ -200,10 +200,10 @@ class Writeback:
         if not file.unwritten:
             self._clean(inode)
 
-    async def flush_all(self, report: Callable[[int], None] = lambda dirty_bytes: None) -> list[Inode]:
-        """Writes everything that is dirty now, several files at a time; returns the inodes that could not be written."""
+    async def flush_all(self, inodes: Iterable[Inode] | None = None) -> list[Inode]:
+        """Writes everything that is dirty now, or of these files, several at a time; returns those that could not be written."""
         failed: list[Inode] = []
-        todo = iter(list(self.dirty))
+        todo = iter(list(self.dirty if inodes is None else inodes))
 
         async def worker() -> None:
             for inode in todo:
@@ -211,7 +211,6 @@ class Writeback:
                     await self.flush(inode)
                 except OSError:
                     failed.append(inode)
-                report(self.unwritten_pages * PAGE_SIZE)
 
         async with trio.open_nursery() as nursery:
             for _ in range(BATCHES_MAX):
@@ -309,6 +308,13 @@ class Writeback:
             if why == number:
                 inode.retry_at = 0.0
         self.kick()
+
+    def given_up(self, inode: Inode) -> None:
+        """The file's dirty pages are gone, unwritten: its failures do not matter any more."""
+        inode.retry_at = inode.retry_seconds = 0.0
+        inode.tries = 0
+        if not inode.unwritten:
+            self._clean(inode)
 
     def _clean(self, inode: Inode) -> None:
         self.refused.pop(inode, None)
