@@ -304,8 +304,8 @@ class Files:
         inode, file = handle.inode, handle.inode.file
         if file is None or not data:
             return 0
-        if not self.space.has_room(offset, len(data), file.size):
-            data = data[: await self.space.admit(inode, offset, len(data), file.size)]
+        if not self.space.has_room(offset, len(data), file.size, not handle.uid):
+            data = data[: await self.space.admit(inode, offset, len(data), file.size, not handle.uid)]
         if handle.uid and inode.st.st_mode & SET_ID:
             await self.kill_set_id(inode, handle.gids)
         if offset + len(data) > EXTEND_AT_ONCE_BYTES and offset + len(data) > inode.st.st_size:

@@ -19,6 +19,7 @@ from cachefs.inode import Inode
 from cachefs.writeback import Writeback
 
 LOOKS = 4  # before a write is refused, while others are being written
+KEPT_BLOCKS, KEPT_SHARE = 4096, 50  # ext4 keeps so many for itself, at most 2 %: they are in f_bfree, and not even for root
 SAMPLE_SECONDS = 1.0  # between two looks at the backing while files grow; a refusal never goes without a look of its own
 
 
@@ -31,39 +32,45 @@ class SpaceBudget:
 
     def __init__(self) -> None:
         self.left_bytes = sys.maxsize  # nothing is known
+        self.reserve_bytes = 0  # how much more there is for root
         self.free_bytes = 0  # of the last sample
         self.grown = True  # a sample is wanted: something was taken since the last one
         self._unit = PAGE_SIZE  # bytes that the backing gives room by
 
     def sample(self, st: os.statvfs_result, promised_bytes: int, privileged: bool) -> None:
-        """Takes in what the backing says now. `privileged`: the blocks that are kept for root are there for us too."""
+        """Takes in what the backing says now. `privileged`: what is kept for root may be written by us."""
         self._unit = min(max(st.f_frsize, 1), PAGE_SIZE)
-        self.free_bytes = st.f_frsize * (st.f_bfree if privileged else st.f_bavail)
-        self.left_bytes = self.free_bytes - promised_bytes if st.f_blocks else sys.maxsize  # no size is no limit
+        self.free_bytes = st.f_frsize * st.f_bfree
+        self.left_bytes = st.f_frsize * st.f_bavail - promised_bytes if st.f_blocks else sys.maxsize  # no size is no limit
+        kept = min(KEPT_BLOCKS, st.f_blocks // KEPT_SHARE)
+        self.reserve_bytes = st.f_frsize * max(0, st.f_bfree - st.f_bavail - kept) if privileged else 0
         self.grown = False
 
     def forget(self) -> None:
         """The backing cannot say: nothing is known."""
         self.left_bytes = sys.maxsize
 
-    def take(self, offset: int, nbytes: int, size: int) -> bool:
+    def take(self, offset: int, nbytes: int, size: int, by_root: bool) -> bool:
         """Whether there is room for a write of [offset, offset + nbytes) to a file of `size` bytes; if so, it is taken."""
         grows = self._growth(offset, nbytes, size)
-        if grows > max(0, self.left_bytes):
+        if grows > self.left_bytes and grows > self._left_for(by_root):
             return False
         self.left_bytes -= grows
         self.grown = True
         return True
 
-    def take_part(self, offset: int, nbytes: int, size: int, more_bytes: int) -> int:
+    def take_part(self, offset: int, nbytes: int, size: int, by_root: bool, more_bytes: int = 0) -> int:
         """Takes as much of such a write as there is room for, `more_bytes` more than is known of; how many bytes that is."""
-        lacking = self._growth(offset, nbytes, size) - max(0, self.left_bytes + more_bytes)
+        lacking = self._growth(offset, nbytes, size) - self._left_for(by_root, more_bytes)
         if lacking > 0:
             units = -(-(offset + nbytes) // self._unit) - -(-lacking // self._unit)
             nbytes = max(0, units * self._unit - offset)
         self.left_bytes -= self._growth(offset, nbytes, size)
         self.grown = True
         return nbytes
+
+    def _left_for(self, by_root: bool, more_bytes: int = 0) -> int:
+        return max(0, self.left_bytes + more_bytes + (self.reserve_bytes if by_root else 0))
 
     def _growth(self, offset: int, nbytes: int, size: int) -> int:
         """Bytes of room that the write needs; what lies before the end of the file, or is a hole behind it, needs none."""
@@ -83,33 +90,33 @@ class Space:
         self._privileged = os.geteuid() == 0
         self._looking: trio.Event | None = None  # a look is under way
 
-    def has_room(self, offset: int, nbytes: int, size: int) -> bool:
+    def has_room(self, offset: int, nbytes: int, size: int, by_root: bool) -> bool:
         """Whether nothing speaks against this write to a file of `size` bytes; else `admit` has to decide."""
-        return not self.writeback.refused and (offset + nbytes <= size or self.budget.take(offset, nbytes, size))
+        return not self.writeback.refused and (offset + nbytes <= size or self.budget.take(offset, nbytes, size, by_root))
 
-    async def admit(self, inode: Inode, offset: int, nbytes: int, size: int) -> int:
+    async def admit(self, inode: Inode, offset: int, nbytes: int, size: int, by_root: bool) -> int:
         """How many bytes of this write there is room for; raises OSError where there is none."""
         grows = offset + nbytes > size
         number = self._refusal(inode, grows)
         if not number and grows and inode.st.st_dev == self.root.st.st_dev:  # of one mounted inside, the root's says nothing
-            nbytes = await self._part_with_room(offset, nbytes, size)
+            nbytes = await self._part_with_room(offset, nbytes, size, by_root)
             number = 0 if nbytes else errno.ENOSPC
         if number:
             raise OSError(number, os.strerror(number))
         return nbytes
 
-    async def _part_with_room(self, offset: int, nbytes: int, size: int) -> int:
+    async def _part_with_room(self, offset: int, nbytes: int, size: int, by_root: bool) -> int:
         cache = self.writeback.cache
         for _ in range(LOOKS):
-            if self.budget.take(offset, nbytes, size):
+            if self.budget.take(offset, nbytes, size, by_root):
                 return nbytes
             await self._look()
             if not cache.writeback_pages:
-                return self.budget.take_part(offset, nbytes, size, 0)
+                return self.budget.take_part(offset, nbytes, size, by_root)
             # What a thread is writing counts twice, as unwritten and as no longer free: it has to end first.
             with trio.move_on_after(SAMPLE_SECONDS):
                 await cache.room.park()
-        return self.budget.take_part(offset, nbytes, size, cache.writeback_pages * PAGE_SIZE)
+        return self.budget.take_part(offset, nbytes, size, by_root, cache.writeback_pages * PAGE_SIZE)
 
     def _refusal(self, inode: Inode, grows: bool) -> int:
         """The errno with which a write fails because writeback does, or 0.
@@ -137,7 +144,7 @@ class Space:
         before = self.budget.free_bytes
         try:
             st = await self.descriptors.at("statvfs", self.root, self.io.backing.statvfs)
-            self.budget.sample(st, self._promised_bytes(st.f_frsize * st.f_bfree), self._privileged)
+            self.budget.sample(st, self._promised_bytes(st.f_frsize * st.f_bavail), self._privileged)
         except OSError:
             self.budget.forget()  # writeback finds out
         finally:
