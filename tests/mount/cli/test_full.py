@@ -23,7 +23,7 @@ import collections, errno, json, os, sys, time
 import numpy
 directory, marker, files, total, block = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 def contents(number, start, end):
-    return (numpy.arange(start, end, 8, dtype=">u8") | numpy.uint64(number << 48)).tobytes()
+    return (numpy.arange(start, end, 8, dtype="<u8") | numpy.uint64(number << 48)).tobytes()
 acknowledged = [0] * files
 failures = collections.Counter()
 def failed(call, error):
@@ -64,7 +64,7 @@ print(json.dumps([acknowledged, failures]))
 
 
 def contents(number: int, size: int) -> bytes:
-    return (numpy.arange(0, size, 8, dtype=">u8") | numpy.uint64(number << 48)).tobytes()
+    return (numpy.arange(0, size, 8, dtype="<u8") | numpy.uint64(number << 48)).tobytes()
 
 
 @pytest.fixture
