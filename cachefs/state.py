@@ -157,6 +157,9 @@ def make_private(directory: str) -> None:
         status = os.lstat(directory)
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise CachefsError(f"{directory} is not a directory of yours: remove it, or give another with --state-dir")
+        if status.st_mode & 0o002:
+            raise CachefsError(f"everybody may write to {directory}: remove it, or give another with --state-dir")
+        _check_above(directory)
         if status.st_mode & 0o077:
             os.chmod(directory, 0o700)
     except OSError as error:
@@ -164,8 +167,30 @@ def make_private(directory: str) -> None:
         raise CachefsError(f"can't use {directory}: {reason}; give another with --state-dir") from None
 
 
+def _check_above(directory: str) -> None:
+    """Refuses a place where somebody else could put a directory of his own in the place of ours."""
+    above = directory
+    while above != "/":
+        above = os.path.dirname(above)
+        status = os.stat(above)
+        if status.st_uid not in (0, os.geteuid()):
+            whose = f"{above} belongs to user {status.st_uid}, who could exchange what is in it"
+        elif status.st_mode & 0o002 and not status.st_mode & stat.S_ISVTX:
+            whose = f"everybody may exchange what is in {above}"
+        else:
+            continue
+        raise CachefsError(f"can't use {directory}: {whose}; give another with --state-dir")
+
+
 def daemons() -> list[DaemonRecord]:
-    """This user's live daemons by mountpoint; what dead ones left in the runtime directory is removed."""
+    """This user's live daemons by mountpoint; what dead ones left in the runtime directory is removed.
+
+    CachefsError for a runtime directory of somebody else, whom only root may ask.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if os.geteuid() not in (0, os.stat(runtime_directory()).st_uid):
+            who = "ask as that user or as root, or set CACHEFS_RUNTIME_DIR"
+            raise CachefsError(f"the runtime directory {runtime_directory()} belongs to another user: {who}")
     with contextlib.suppress(OSError):
         names = [name for name in os.listdir(runtime_directory()) if name.endswith(".json")]
         found = (_live_record(os.path.join(runtime_directory(), name)) for name in names)
@@ -230,7 +255,7 @@ def _shared_lock(state_dir: str) -> Iterator[bool]:
 
 def _open_lock(directory: str) -> int:
     try:
-        return os.open(os.path.join(directory, _LOCK_FILE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return os.open(os.path.join(directory, _LOCK_FILE), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise CachefsError(f"can't write to {directory}: {error.strerror}; give another with --state-dir") from None
 
@@ -290,7 +315,7 @@ def _read_record(path: str) -> DaemonRecord | None:
 def _write_atomically(path: str, text: str) -> None:
     temporary = path + ".new"
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with open(fd, "w", encoding="ascii") as file:
             file.write(text)
         os.rename(temporary, path)
