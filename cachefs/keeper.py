@@ -5,8 +5,10 @@ journal always holds exactly the unwritten pages (`check`). Without a journal (`
 """
 
 import contextlib
+import errno
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+import os
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
 
 import trio
@@ -35,7 +37,7 @@ class Keeper:
         self.journal: Journal | None = None
         self.synced: Synced | None = None  # with --durability journal: what fsync has made durable there
         self.retiring: set[Inode] = set()  # written back, and named by `synced` still
-        self.make_durable: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint  # the backing, whole
+        self.make_durable: Callable[[Iterable[Inode]], Awaitable[object]] = _nothing_is_durable  # has the backing do that
         self._syncing = trio.Lock()
         self.replayed_bytes = 0
         self.written_through = 0  # writes that the journal could not take
@@ -147,7 +149,7 @@ class Keeper:
             return
         old = [(inode, kept, set(kept.synced)) for inode in retiring if (kept := inode.journaled) is not None]
         try:
-            await self.make_durable()
+            await self.make_durable(retiring)
         except OSError as error:
             self.retiring.update(retiring)
             log.warning("SOURCE cannot be made durable (%s): the journal keeps what was synced", error.strerror)
@@ -167,7 +169,7 @@ class Keeper:
             return
         if self.synced is not None:
             try:
-                await self.make_durable()
+                await self.make_durable(self.retiring)
             except OSError as error:
                 needed = bool(len(self.synced))
                 log.error("SOURCE cannot be made durable (%s): the journal is kept", error.strerror)
@@ -286,6 +288,10 @@ class Keeper:
                     unwritten.update(_pages(offset, nbytes))
             assert kept <= unwritten, f"the journal has pages that are not unwritten: {sorted(kept - unwritten)[:5]}"
             assert kept == unwritten or self.written_through, f"not in the journal: {sorted(unwritten - kept)[:5]}"
+
+
+async def _nothing_is_durable(inodes: Iterable[Inode]) -> None:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
 def _store(journal: Journal, synced: Synced, record: FileRecord, rows: list[PagesRecord]) -> None:

@@ -191,8 +191,9 @@ class Recovery:
         keeper, predecessor = self.stack.keeper, self.predecessor
         path = os.path.join(predecessor.directory, SYNCED_FILE)
         if predecessor.synced.files:
+            found = [await self._find(record) for record in predecessor.synced.files.values()]
             try:
-                await keeper.make_durable()
+                await keeper.make_durable([inode for inode in found if inode is not None])
             except OSError as error:
                 raise CachefsError(f"SOURCE cannot be made durable ({error.strerror}): {self._all_kept()}") from None
         durable = self.stack.config.durability == "journal"
