@@ -70,7 +70,13 @@ class FileSystem:
 
     async def lookup(self, parent: Inode, name: bytes) -> Inode:
         """The inode called `name`, with one more lookup counted."""
-        st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
+        known = self.table.named(parent, name)
+        try:
+            st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
+        except FileNotFoundError:
+            if self.table.named(parent, name) is known:  # else the name was given meanwhile, after this answer
+                self.table.nothing_at(parent, name)
+            raise
         inode = self._found(parent, name, st)
         inode.lookups += 1
         return inode
@@ -238,6 +244,7 @@ class FileSystem:
     async def unlink(self, parent: Inode, name: bytes) -> None:
         async with self._going(parent, name) as (st, inode):
             await self.descriptors.at("unlink", parent, self.backing.unlink, name)
+            self.table.nothing_at(parent, name)
             if inode is not None:
                 self.table.unname(inode, parent, name)
                 await self._lost_a_name(inode, st)
@@ -245,6 +252,7 @@ class FileSystem:
     async def rmdir(self, parent: Inode, name: bytes) -> None:
         async with self._going(parent, name) as (st, inode):
             await self.descriptors.at("rmdir", parent, self.backing.rmdir, name)
+            self.table.nothing_at(parent, name)
             if inode is not None:
                 self.table.unname(inode, parent, name)
                 await self._lost_a_name(inode, st)
@@ -283,6 +291,8 @@ class FileSystem:
             await self.descriptors.at_two("rename", parent, new_parent, rename)
             if st is not None and target_st is not None and (st.st_dev, st.st_ino) == (target_st.st_dev, target_st.st_ino):
                 return  # two names of one file: nothing happens
+            self.table.nothing_at(parent, name)
+            self.table.nothing_at(new_parent, new_name)
             if target is not None:
                 self.table.unname(target, new_parent, new_name)
                 if flags & RENAME_EXCHANGE:

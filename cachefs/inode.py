@@ -120,6 +120,7 @@ class InodeTable:
         self._device = root_st.st_dev
         self._by_node = {ROOT_NODE: self.root}
         self._by_key = {self.root.key: self.root}
+        self._by_name: dict[tuple[Inode, bytes], Inode] = {}  # of all that had a name (`Inode.names`) who was seen there last
         self._next_node = FIRST_MADE_UP_NODE
 
     def __len__(self) -> int:
@@ -149,16 +150,27 @@ class InodeTable:
         self._next_node += 1
         return self._next_node
 
+    def named(self, parent: Inode, name: bytes) -> Inode | None:
+        """The inode that was last seen as `name` in `parent`, if it is known and nothing has been seen in its place."""
+        return self._by_name.get((parent, name))
+
     def name(self, inode: Inode, parent: Inode, name: bytes) -> None:
         """Notes that `inode` was found as `name` in `parent`."""
         if (parent, name) not in inode.names:
             inode.names[parent, name] = None
             parent.children += 1
+        self._by_name[parent, name] = inode
 
     def unname(self, inode: Inode, parent: Inode, name: bytes) -> None:
         if (parent, name) in inode.names:
             del inode.names[parent, name]
             parent.children -= 1
+            if self._by_name.get((parent, name)) is inode:
+                del self._by_name[parent, name]
+
+    def nothing_at(self, parent: Inode, name: bytes) -> None:
+        """Notes that there is nothing of that name. An inode that had it may still be tried there, should this be wrong."""
+        self._by_name.pop((parent, name), None)
 
     def drop(self, inode: Inode) -> list[Inode]:
         """Forgets an inode that nobody uses, and parents that were kept for it alone; returns those, for their descriptors.
@@ -174,9 +186,8 @@ class InodeTable:
                 del self._by_key[inode.key]
             dropped.append(inode)
             parents = [parent for parent, _ in inode.names]
-            inode.names.clear()
-            for parent in parents:
-                parent.children -= 1
+            for parent, name in list(inode.names):
+                self.unname(inode, parent, name)
             if not parents:
                 break
             for parent in parents[1:]:
@@ -195,6 +206,8 @@ class InodeTable:
             assert self._by_node[inode.node] is inode
             for parent, _ in inode.names:
                 children[parent] = children.get(parent, 0) + 1
+        for key, inode in self._by_name.items():
+            assert key in inode.names and self._by_node.get(inode.node) is inode, "a name of an inode that is not known by it"
         for inode in self:
             assert inode.children == children.get(inode, 0), "children miscounted"
             assert inode.lookups >= 0 and inode.opens >= 0 and inode.busy >= 0 and inode.fd_busy >= 0
