@@ -51,7 +51,7 @@ class Commands:
         problem: OSError | None = None
         async with self._progress_to(send):
             try:
-                failed = await self.stack.fs.sync()
+                failed = await self.stack.io.ask(self.stack.fs.sync)
             except OSError as error:
                 problem = error
         if problem is not None:
@@ -63,7 +63,7 @@ class Commands:
         self.pending += 1
         try:
             async with self._progress_to(send):
-                await self.stack.writeback.flush_all()
+                await self.stack.write_out()
                 try:
                     await self.mount.unmount(lazy=False)
                 except OSError as error:

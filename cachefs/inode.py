@@ -7,7 +7,7 @@ not to another file. See `cachefs.descriptors` for the descriptors.
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import trio
@@ -18,6 +18,7 @@ ROOT_NODE = 1
 FIRST_MADE_UP_NODE = 1 << 62  # node ids of files whose own number is taken: other devices, numbers 0 and 1
 
 Signature = tuple[int, int, int]
+NO_XATTRS: Mapping[bytes, bytes | int] = {}
 
 
 def signature_of(st: os.stat_result) -> Signature:
@@ -35,7 +36,7 @@ class Inode:
     __slots__ = (
         "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "epoch", "error_count",
         "error_errno", "fd", "fd_busy", "file", "handle", "key", "lookups", "mtime_ns", "names", "node", "opens",
-        "reader", "retry_at", "retry_seconds", "signature", "st", "unlinked", "writer",
+        "reader", "retry_at", "retry_seconds", "signature", "st", "target", "unlinked", "writer", "xattrs",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -61,6 +62,8 @@ class Inode:
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
         self._lock: trio.Lock | None = None
         self.unlinked = False  # its last name is gone
+        self.target: bytes | None = None  # of a symbolic link, once asked for; it never changes
+        self.xattrs = NO_XATTRS  # what checking a path needs: values, or the errno that says why there is none
 
     @property
     def lock(self) -> trio.Lock:

@@ -34,6 +34,7 @@ SWITCH_SECONDS = 0.0005  # a thread back from the backing waits no longer for th
 LAST_TRIES = 5  # at the end, for files whose writeback fails
 LAST_TRY_PAUSE_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for programs that still have files open when SIGTERM came
+REQUESTS_MAX = 500  # under way at once: some hundred that wait for SOURCE must not keep cached pages from being served
 SWEEP_SECONDS, SWEEP_INODES = 1.0, 1000  # ~1 ms of every second
 
 
@@ -105,6 +106,7 @@ class Mount:
                 raise
             await self._unmounted.wait()
             await self._finish()
+            self.stack.io.watchdog.abandon()
             nursery.cancel_scope.cancel()
         return self.exit_status
 
@@ -125,7 +127,7 @@ class Mount:
 
     async def _serve_fuse(self) -> None:
         try:
-            await pyfuse3.main()
+            await pyfuse3.main(max_tasks=REQUESTS_MAX)
         except Exception:
             log.critical("no more requests can be served", exc_info=True)  # what was acknowledged is still written out
             self.exit_status = 1
@@ -135,6 +137,8 @@ class Mount:
     async def _start_services(self, nursery: trio.Nursery) -> None:
         self.tasks.start_service(self.stack.writeback.run)
         self.tasks.start_service(self._sweep)
+        if self.stack.io.watchdog.watching:
+            self.tasks.start_service(self.stack.io.watchdog.run)
         await nursery.start(controlserver.serve, self.state.socket_path, self.commands.handlers())
         if self.config.metrics_host is not None:
             token = trio.lowlevel.current_trio_token()
@@ -172,7 +176,7 @@ class Mount:
         if self.stopping:
             return
         self.mark_stopping()
-        await self.stack.writeback.flush_all()
+        await self.stack.write_out()
         try:
             await self.unmount(lazy=False)
         except OSError as error:
@@ -211,8 +215,8 @@ class Mount:
         for attempt in range(LAST_TRIES):
             if attempt:
                 await trio.sleep(LAST_TRY_PAUSE_SECONDS)
-            failed = await self.stack.writeback.flush_all()
-            if not failed:
+            failed = await self.stack.write_out()
+            if not failed or self.stack.io.watchdog.lost:
                 break
         self.failed = self.stack.unwritten()
         for piece in self.failed:

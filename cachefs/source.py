@@ -76,7 +76,7 @@ class DataDescriptors:
                 break
             if (st.st_dev, st.st_ino) == inode.key and stat.S_ISREG(st.st_mode):
                 return fd
-            self.io.backing.close(fd)
+            self.io.close(fd)
             break
         return -1
 
@@ -92,7 +92,7 @@ class DataDescriptors:
 
     def _close(self, fd: int) -> None:
         self.count -= 1
-        self.io.backing.close(fd)
+        self.io.close(fd)
 
 
 class FileSource:
@@ -134,6 +134,8 @@ class FileSource:
             return 0, problem
         finally:
             inode.busy -= 1
+        if error is not None:
+            error = io.told(error)
         if before is not None and signature_of(before)[:2] != inode.signature[:2] and inode.st is seen:
             self.data.noticed(inode)  # somebody else's change, which ours would hide
         if st is not None:

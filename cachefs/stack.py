@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import resource
 import time
@@ -20,6 +21,7 @@ from cachefs.fs import FileSystem
 from cachefs.inode import Inode, InodeTable
 from cachefs.statistics import FileSystemStatistics, HistogramSnapshot, Statistics
 from cachefs.tasks import Spawner
+from cachefs.watchdog import Unreachable
 from cachefs.writeback import Writeback
 
 
@@ -41,7 +43,7 @@ class Stack:
     def __init__(self, config: Config, backing: Backing, tasks: Spawner, changed: Callable[[Inode], None]) -> None:
         self.config = config
         self.started = time.monotonic()
-        self.io = BackingIO(backing)
+        self.io = BackingIO(backing, tasks, config.backing_timeout_seconds)
         root_fd = backing.open_root()
         self.table = InodeTable(backing.fstat(root_fd))
         self.descriptors = Descriptors(self.io, self.table, root_fd, descriptor_budget())
@@ -54,8 +56,9 @@ class Stack:
             expire_seconds=config.dirty_expire_seconds,
             interval_seconds=config.writeback_interval_seconds,
             settled=self._settled,
+            watchdog=self.io.watchdog,
         )
-        self.filler = Filler(self.cache, tasks, self.writeback.need_room)
+        self.filler = Filler(self.cache, tasks, self.writeback.need_room, self.io.watchdog)
         self.files = Files(
             self.io, self.descriptors, self.cache, self.filler, self.writeback,
             config.readahead_max_bytes, config.metadata_ttl_seconds, changed,
@@ -66,12 +69,24 @@ class Stack:
         self.files.data.settle(inode)
         self.fs.drop(inode)
 
+    async def write_out(self) -> list[Inode]:
+        """Writes out everything that is dirty now, for as long as it gets on; returns the inodes that could not be written."""
+        left = math.inf
+        while self.writeback.unwritten_pages < left:
+            left = self.writeback.unwritten_pages
+            try:
+                return await self.io.ask(self.writeback.flush_all)
+            except Unreachable:
+                continue
+        return list(self.writeback.dirty)
+
     def unwritten(self) -> list[dict[str, object]]:
         """The extents that are not on the backing."""
         found: list[dict[str, object]] = []
         for inode in self.writeback.dirty:
             if inode.file is not None and inode.unwritten and not inode.unlinked:
-                reason = errno.errorcode.get(inode.error_errno, "") if inode.error_count else ""
+                number = errno.ETIMEDOUT if self.io.watchdog.lost else inode.error_errno if inode.error_count else 0
+                reason = errno.errorcode.get(number, "")
                 for offset, length in inode.file.dirty_extents():
                     found.append({"path": self.path(inode), "offset": offset, "length": length, "error": reason})
         return found
