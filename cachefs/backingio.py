@@ -75,7 +75,8 @@ class BackingIO:
                 return await trio.to_thread.run_sync(function, *args, limiter=limiter)
             with call.scope:  # a shield
                 return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True, limiter=self._unlimited)
-            raise self.watchdog.refusal()  # at the end of the mount, see `Watchdog.abandon`
+            await trio.lowlevel.checkpoint_if_cancelled()  # at the end of the mount, see `Watchdog.abandon`
+            raise self.watchdog.refusal()
         except OSError as error:
             self._count_error(error)
             raise self.told(error) from None

@@ -375,9 +375,11 @@ class Files:
         self._report(handle)
         inode.busy += 1
         try:
+            await self.data.renew(inode)
             fd = inode.writer if inode.writer >= 0 else await self.data.reader(inode)
             await self.io.in_thread("fsync", self.io.backing.fsync, fd, datasync)
         except OSError as error:  # the backing tells each descriptor once, and all handles share ours
+            self.data.doubt(inode, error)
             inode.error_count += 1
             inode.error_errno = error.errno or errno.EIO
             handle.errors_seen = inode.error_count

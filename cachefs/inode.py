@@ -34,7 +34,7 @@ class Inode:
     """
 
     __slots__ = (
-        "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "epoch", "error_count",
+        "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "doubtful", "epoch", "error_count",
         "error_errno", "fd", "fd_busy", "file", "handle", "key", "lookups", "mtime_ns", "names", "node", "opens",
         "reader", "retry_at", "retry_seconds", "signature", "st", "target", "unlinked", "writer", "xattrs",
     )  # fmt: skip
@@ -48,6 +48,7 @@ class Inode:
         self.fd_busy = 0  # calls under way that use `fd`
         self.handle: bytes | None = None  # name for open_by_handle_at, made when `fd` is closed
         self.reader = self.writer = -1  # descriptors for data; may be the same
+        self.doubtful = False  # something went wrong with them that may have been theirs alone
         self.busy = 0  # fills and writebacks under way that use them
         self.file: CachedFile | None = None
         self.st = st  # the backing's attributes when last seen

@@ -19,6 +19,7 @@ from cachefs.commands import Commands
 from cachefs.config import Config
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode
+from cachefs.leftover import leave_descriptors
 from cachefs.metrics import MetricsServer, make_registry
 from cachefs.stack import Stack, raise_descriptor_limit
 from cachefs.state import State
@@ -106,8 +107,10 @@ class Mount:
                 raise
             await self._unmounted.wait()
             await self._finish()
-            self.stack.io.watchdog.abandon()
             nursery.cancel_scope.cancel()
+            self.stack.io.watchdog.abandon()
+        if self.stack.io.watchdog.lost:
+            leave_descriptors(self.config.source)
         return self.exit_status
 
     def _connect(self, nursery: trio.Nursery) -> None:

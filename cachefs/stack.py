@@ -85,7 +85,7 @@ class Stack:
         found: list[dict[str, object]] = []
         for inode in self.writeback.dirty:
             if inode.file is not None and inode.unwritten and not inode.unlinked:
-                number = errno.ETIMEDOUT if self.io.watchdog.lost else inode.error_errno if inode.error_count else 0
+                number = self.io.watchdog.errno if self.io.watchdog.lost else inode.error_errno if inode.error_count else 0
                 reason = errno.errorcode.get(number, "")
                 for offset, length in inode.file.dirty_extents():
                     found.append({"path": self.path(inode), "offset": offset, "length": length, "error": reason})

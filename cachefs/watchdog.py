@@ -189,8 +189,12 @@ class Watchdog:
     def refusal(self) -> Unreachable:
         """What to raise for want of an answer."""
         self.timeouts += 1
-        number = errno.EIO if self._gone else errno.ETIMEDOUT
-        return Unreachable(number, os.strerror(number))
+        return Unreachable(self.errno, os.strerror(self.errno))
+
+    @property
+    def errno(self) -> int:
+        """What is wrong with the backing, as programs are told."""
+        return errno.EIO if self._gone else errno.ETIMEDOUT
 
     # --- calls ---------------------------------------------------------------------------------------------------------
 
@@ -234,7 +238,10 @@ class Watchdog:
         return sum(call.op == op and call.overdue(now) for call in self._calls)
 
     def abandon(self) -> None:
-        """The mount ends, and nothing of ours is used for anything else again: nobody waits for threads any more."""
+        """The mount ends, and nothing of ours is used for anything else again: nobody waits for threads any more.
+
+        Who waits for them should have been cancelled before.
+        """
         self._ended = True
         for call in self._calls:
             call.scope.cancel()
@@ -281,7 +288,7 @@ class Watchdog:
         )
         lost = self._gone or (self.lost and self._doubted) or (unanswered and self.silent_seconds >= self.timeout_seconds)
         self.silent = unanswered or lost
-        if lost != self.lost:
+        if lost != self.lost and not self._ended:
             self.lost = lost
             self._tell(now)
 

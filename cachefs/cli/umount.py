@@ -1,6 +1,7 @@
 """`cachefs umount` and `cachefs sync`: let the daemon write out, show what is left, list what could not be written."""
 
 import contextlib
+import math
 import os
 import select
 import sys
@@ -12,8 +13,11 @@ import click
 from cachefs import control, mountinfo
 from cachefs.cli.format import progress_line, unwritten_line
 from cachefs.errors import CachefsError
-from cachefs.state import STOPPING, DaemonRecord, find_daemon
+from cachefs.state import STOPPING, DaemonRecord, find_daemon, is_held
 from cachefs.units import parse_duration
+
+_POLL_SECONDS = 0.2  # how often to look whether the daemon has given up its state; its end is noticed at once
+_END_SECONDS = 5.0  # for a daemon that has done so to end
 
 _timeout = click.option(
     "--timeout", type=click.UNPROCESSED, metavar="TIME", help="Wait at most so long; the work goes on.",
@@ -128,6 +132,12 @@ def _wait_until_gone(record: DaemonRecord, process: int | None, deadline: float 
         return
     waiting = select.poll()
     waiting.register(process, select.POLLIN)
-    remaining_seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
-    if not waiting.poll(None if remaining_seconds is None else remaining_seconds * 1000):
-        raise CachefsError(f"the daemon {record.pid} has not ended yet: see {record.log}")
+    given_up_at = math.inf  # when the daemon was seen to hold its state no more: it is done, but a thread of it may hang
+    while not waiting.poll(_POLL_SECONDS * 1000):
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            raise CachefsError(f"the daemon {record.pid} has not ended yet: see {record.log}")
+        given_up_at = min(given_up_at, math.inf if is_held(record.state_dir) else now)
+        if now - given_up_at >= _END_SECONDS:
+            click.echo(f"cachefs: process {record.pid} hangs in a call to SOURCE, and ends when that returns", err=True)
+            return

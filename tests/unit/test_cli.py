@@ -362,7 +362,8 @@ def test_status_for_people_shows_the_figures() -> None:
         "99.9 % of pages (999 hits, 1 misses)", "1 cold (pages)", "5 capacity (pages)",
         "3 pages used, 1 unused, 0 late",
         "8 KiB of at most 256 MiB, oldest 1.5 s", "writers slowed for 250 ms", "writeback 2 EIO (calls)",
-        "LOST, no answer for 12 s; latency 5.0 ms", "3 requests failed for want of an answer", "1 calls, 4.0 ms each on average", "metrics       off",
+        "LOST, no answer for 12 s; latency 5.0 ms", "3 requests failed for want of an answer",
+        "1 calls, 4.0 ms each on average", "metrics       off",
     ):  # fmt: skip
         assert words in text
 
