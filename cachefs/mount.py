@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
 
 import pyfuse3
 import trio
@@ -17,10 +16,12 @@ from backing.base import Backing
 from cachefs import controlserver, daemon, mountinfo
 from cachefs.commands import Commands
 from cachefs.config import Config
+from cachefs.daemon import Ready
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode
 from cachefs.leftover import leave_descriptors
 from cachefs.metrics import MetricsServer, make_registry
+from cachefs.recovery import Predecessor, Recovery
 from cachefs.stack import Stack, raise_descriptor_limit
 from cachefs.state import State
 from cachefs.statistics import Statistics
@@ -28,6 +29,7 @@ from cachefs.store import make_backing
 from cachefs.tasks import Guarded
 from cachefs.transport import negotiate, seam
 from cachefs.transport.operations import Operations
+from cachefs.watchdog import Unreachable
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +38,12 @@ LAST_TRIES = 5  # at the end, for files whose writeback fails
 LAST_TRY_PAUSE_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for programs that still have files open when SIGTERM came
 REQUESTS_MAX = 500  # under way at once: some hundred that wait for SOURCE must not keep cached pages from being served
+RETIRE_SECONDS = 1.0
 SWEEP_SECONDS, SWEEP_INODES = 1.0, 1000  # ~1 ms of every second
 
 
-def serve(config: Config, state: State, ready: Callable[[Mapping[str, object]], None]) -> int:
-    """Runs one mount from start to after its unmount. `ready` is called once, with the addresses in use.
+def serve(config: Config, state: State, ready: Ready) -> int:
+    """Runs one mount from start to after its unmount. `ready` is called once, with the addresses in use; before, with progress.
 
     Returns 0 when all was written, 1 when something could not be (it is in the log); CachefsError before it was ready.
     """
@@ -48,13 +51,18 @@ def serve(config: Config, state: State, ready: Callable[[Mapping[str, object]], 
     sys.setswitchinterval(SWITCH_SECONDS)
     os.umask(0)  # modes come with the callers' own umask
     backing = make_backing(config)
+    predecessor = Predecessor(config, state.directory) if config.durability != "none" else None
+    mount = Mount(config, state, backing, predecessor)
     try:
-        return trio.run(functools.partial(Mount(config, state, backing).run, ready))
+        return trio.run(functools.partial(mount.run, ready))
     except BaseExceptionGroup as group:
         # Not `except*`: what is raised in there comes out in a group again.
         problem = _lone_problem(group)
         if problem is None:
             raise
+    finally:
+        if mount.lost:
+            leave_descriptors(config.source)
     raise problem
 
 
@@ -68,13 +76,15 @@ def _lone_problem(error: BaseException) -> CachefsError | None:
 class Mount:
     """Everything that belongs to one mount."""
 
-    def __init__(self, config: Config, state: State, backing: Backing) -> None:
+    def __init__(self, config: Config, state: State, backing: Backing, predecessor: Predecessor | None) -> None:
         self.config = config
+        self.predecessor = predecessor
         self.state = state
         self.backing = backing
         self.stopping = False
         self.failed: list[dict[str, object]] = []  # what could not be written, at the end
         self.exit_status = 0
+        self.lost = False  # whether SOURCE was, at the end
         self.metrics: MetricsServer | None = None
         self.kernel_cache = config.kernel_cache  # the mode in effect
         self._device: str | None = None  # of the mount, in mountinfo; None before there is one
@@ -84,34 +94,53 @@ class Mount:
 
     # --- running -------------------------------------------------------------------------------------------------------
 
-    async def run(self, ready: Callable[[Mapping[str, object]], None]) -> int:
+    async def run(self, ready: Ready) -> int:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals)
             self.tasks = Guarded(nursery)
             self.stack = Stack(self.config, self.backing, self.tasks, self._changed)
-            self.commands = Commands(self)
             try:
-                self._connect(nursery)
-                await self._start_services(nursery)
-                await trio.to_thread.run_sync(os.stat, self.config.mountpoint)
-                if self.kernel_cache != "off":
-                    await trio.to_thread.run_sync(
-                        negotiate.set_kernel_readahead, self.config.mountpoint, self.config.readahead_max_bytes >> 10
-                    )
-                ready({"metrics": self.metrics_url})
-                log.info("serving %s on %s", self.config.source, self.config.mountpoint)
-                self._serving.set()
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await self.unmount(lazy=True)
-                raise
-            await self._unmounted.wait()
-            await self._finish()
-            nursery.cancel_scope.cancel()
-            self.stack.io.watchdog.abandon()
-        if self.stack.io.watchdog.lost:
-            leave_descriptors(self.config.source)
+                await self._serve(ready, nursery)
+            finally:  # of all that is under way, threads that hang in SOURCE included
+                nursery.cancel_scope.cancel()
+                self.stack.io.watchdog.abandon()
+                self.lost = self.stack.io.watchdog.lost
         return self.exit_status
+
+    async def _serve(self, ready: Ready, nursery: trio.Nursery) -> None:
+        self.commands = Commands(self)
+        if self.stack.io.watchdog.watching:
+            self.tasks.start_service(self.stack.io.watchdog.run)
+        notes = await self._recover(ready)
+        try:
+            self._connect(nursery)
+            await self._start_services(nursery)
+            await trio.to_thread.run_sync(os.stat, self.config.mountpoint)
+            if self.kernel_cache != "off":
+                await trio.to_thread.run_sync(
+                    negotiate.set_kernel_readahead, self.config.mountpoint, self.config.readahead_max_bytes >> 10
+                )
+            ready({"metrics": self.metrics_url, "notes": notes})
+            log.info("serving %s on %s", self.config.source, self.config.mountpoint)
+            self._serving.set()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.unmount(lazy=True)
+            raise
+        await self._unmounted.wait()
+        await self._finish()
+
+    async def _recover(self, ready: Ready) -> list[str]:
+        """Writes what a killed predecessor could not, before the mountpoint answers; returns what the user has to know of it."""
+        if self.predecessor is None:
+            return []
+        recovery = Recovery(self.stack, self.predecessor, lambda done, total: ready({"progress": [done, total]}))
+        try:
+            await self.stack.io.ask(recovery.run)
+        except Unreachable as error:
+            why = f"SOURCE {self.config.source} does not answer ({error.strerror})"
+            raise CachefsError(f"{why}: what the journal has for it is kept; mount again when it does") from None
+        return recovery.notes
 
     def _connect(self, nursery: trio.Nursery) -> None:
         """Mounts and begins to answer."""
@@ -140,8 +169,7 @@ class Mount:
     async def _start_services(self, nursery: trio.Nursery) -> None:
         self.tasks.start_service(self.stack.writeback.run)
         self.tasks.start_service(self._sweep)
-        if self.stack.io.watchdog.watching:
-            self.tasks.start_service(self.stack.io.watchdog.run)
+        self.tasks.start_service(self._retire)
         await nursery.start(controlserver.serve, self.state.socket_path, self.commands.handlers())
         if self.config.metrics_host is not None:
             token = trio.lowlevel.current_trio_token()
@@ -155,6 +183,12 @@ class Mount:
         while True:
             await trio.sleep(SWEEP_SECONDS)
             self.stack.fs.sweep(SWEEP_INODES)
+
+    async def _retire(self) -> None:
+        while True:
+            await trio.sleep(RETIRE_SECONDS)
+            if not self.stack.io.watchdog.lost:
+                await self.stack.keeper.retire()
 
     def _changed(self, inode: Inode) -> None:
         """The file's contents changed underneath: the kernel's pages of it are wrong too."""
@@ -228,6 +262,7 @@ class Mount:
         if os.environ.get("CACHEFS_CHECK"):
             self._check()
         pyfuse3.close(unmount=False)
+        await self.stack.keeper.close()
         if self.metrics is not None:
             self.metrics.close()
         log.info("unmounted %s", self.config.mountpoint)
