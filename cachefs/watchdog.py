@@ -283,9 +283,8 @@ class Watchdog:
         heard_at = max([self._heard_at, *(call.got_on_at for call in self._calls)])
         oldest = min((call.since for call in self._calls), default=now)
         self.silent_seconds = now - max(heard_at, oldest)
-        unanswered = (
-            self._probing is not None and heard_at < self._probed_at and now - self._probed_at >= self._suspect_seconds
-        )
+        # A probe may have been sent before something else was heard: what counts is that it has had its time by now.
+        unanswered = self._probing is not None and min(self.silent_seconds / 2, now - self._probed_at) >= self._suspect_seconds
         lost = self._gone or (self.lost and self._doubted) or (unanswered and self.silent_seconds >= self.timeout_seconds)
         self.silent = unanswered or lost
         if lost != self.lost and not self._ended:
