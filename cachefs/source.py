@@ -10,7 +10,7 @@ from backing.base import Backing
 from cachefs.backingio import BackingIO, write_fully
 from cachefs.descriptors import Descriptors
 from cachefs.inode import Inode, signature_of
-from cachefs.watchdog import GONE
+from cachefs.watchdog import GONE, getting_on
 
 START_SYNC_BYTES = 1 << 20  # extents from this size on go to the disk at once, or all of a long write would be left to fsync
 DEAD = GONE | {errno.EIO, errno.EBADF, errno.ESTALE}  # what descriptors of a lost connection give
@@ -194,6 +194,12 @@ def write_extents(
                 backing.start_sync(fd, offset, size)
     except OSError as error:
         problem = error if error.errno else OSError(errno.EIO, str(error))
+    if done and backing.blocking:
+        try:
+            getting_on(sum(len(buffer) for _, buffers in extents[:done] for buffer in buffers))
+            backing.flush(fd)
+        except OSError as error:
+            done, problem = 0, error
     try:
         with contextlib.suppress(PermissionError):  # not root, and somebody else's file that we may write
             backing.utime(fd, None, mtime_ns)

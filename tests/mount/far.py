@@ -34,7 +34,9 @@ class Sshfs:
         for directory in (self.remote, self.near):
             directory.mkdir(exist_ok=True)
         server = next(path for path in SFTP_SERVERS if os.path.exists(path))
-        ssh.write_text(f'#!/bin/sh\necho $$ >>"{self._started}"\nexec {server}\n')
+        self.full = base / "full"  # while it exists, a server that starts can write no file
+        full = f'[ ! -e "{self.full}" ] || {{ trap "" XFSZ; ulimit -f 0; }}'
+        ssh.write_text(f'#!/bin/sh\necho $$ >>"{self._started}"\n{full}\nexec {server}\n')
         ssh.chmod(0o755)
         self.command = ["sshfs", "-f", "-o", ",".join((f"ssh_command={ssh}", "dir_cache=no", *options))]
         self.command += [f"nowhere:{self.remote}", str(self.near)]

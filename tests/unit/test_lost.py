@@ -308,6 +308,18 @@ async def test_descriptors_of_a_lost_connection_are_opened_anew(world: World) ->
 
 
 @lost()
+async def test_a_write_is_one_when_the_backing_has_taken_it_not_when_it_is_on_its_way(world: World) -> None:
+    inode, number = await world.open("file")
+    await world.files.write(number, 0, b"data")
+    world.backing.set_plan([{"op": "flush", "errno": "ENOSPC", "count": 1}])
+    with refused(errno.ENOSPC):
+        await world.files.flush(number)
+    assert inode.unwritten and world.writeback.written_bytes == 0
+    await world.files.flush(number)
+    assert not inode.unwritten and world.backing.calls["flush"] == 2
+
+
+@lost()
 async def test_the_errnos_of_a_backing_that_is_gone_become_eio(world: World) -> None:
     entry(world.top / "file")
     for name in ("ENOTCONN", "ECONNABORTED", "ESHUTDOWN", "EHOSTDOWN"):

@@ -238,6 +238,20 @@ def test_a_source_that_connects_again_is_written_to_through_new_descriptors() ->
             wait_until(lambda: outcome(os.pread, partly.fileno(), 4096, 100_000) == DATA[100_000:104_096], "reads")
 
 
+def test_what_source_took_at_first_and_refused_afterwards_is_kept_and_tried_again() -> None:
+    with far_mount(*OPTIONS, sshfs=("reconnect",)) as mount:
+        mount.sshfs.full.touch()
+        mount.sshfs.drop_connection()
+        wait_until(lambda: outcome(os.stat, mount.at("no such name")) == "ENOENT", "it is there again")
+        fd = os.open(mount.at("file"), os.O_RDWR | os.O_CREAT)
+        os.pwrite(fd, b"small", 0)  # sshfs says yes before the server has said no
+        assert outcome(os.close, fd) == "EIO"
+        assert mount.there("file").read_bytes() == b"" and mount.figures()["writeback"]["dirty_bytes"] == 4096
+        mount.sshfs.full.unlink()
+        mount.sshfs.drop_connection()
+        wait_until(lambda: mount.there("file").read_bytes() == b"small", "it is written")
+
+
 def test_a_source_that_hangs_is_refused_when_mounting() -> None:
     with far_mount(*OPTIONS) as mount:
         mount.unmount()
