@@ -97,6 +97,14 @@ class Backing(ABC):
         return
 
     @abstractmethod
+    def flush(self, fd: int) -> None:
+        """Waits until the store has taken what was written to a file, and reports what it has not, as close(2) does.
+
+        Where writes may go no further than this machine at first (NFS, sshfs), only this tells what has become of them.
+        Durable it need not be. Not on O_PATH descriptors.
+        """
+
+    @abstractmethod
     def fsync(self, fd: int, datasync: bool) -> None:
         """Makes a file durable and reports what the store failed to write since. Not on O_PATH descriptors."""
 

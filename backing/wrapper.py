@@ -51,6 +51,7 @@ class Wrapper(Backing):
     preadv_nowait = _through(Backing.preadv_nowait)
     pwritev = _through(Backing.pwritev)
     truncate = _through(Backing.truncate)
+    flush = _through(Backing.flush)
     fsync = _through(Backing.fsync)
     syncfs = _through(Backing.syncfs)
     mknod = _through(Backing.mknod)

@@ -3,6 +3,7 @@
 A hit goes `read` -> `PageCache.lookup` and back with no await that could give the turn to somebody else.
 """
 
+import contextlib
 import errno
 import math
 import os
@@ -25,6 +26,7 @@ from cachefs.inode import Inode, patched, signature_of
 from cachefs.keeper import Keeper
 from cachefs.source import DataDescriptors, FileSource
 from cachefs.space import Space
+from cachefs.watchdog import Unreachable
 from cachefs.writeback import Writeback
 
 CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of file times, so that ours and the backing's do not cross
@@ -199,6 +201,14 @@ class Files:
 
     # --- open and close ------------------------------------------------------------------------------------------------
 
+    def open_known(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS) -> Opened | None:
+        """A handle on a file far away, with no look at the backing; None where one is needed, whatever is known."""
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if flags & os.O_TRUNC or (writable and inode.writer < 0):
+            return None
+        inode.opens += 1
+        return self._opened(inode, inode.file is not None, False, flags, uid, gids)
+
     async def open(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS) -> Opened:
         """A handle. On a backing far away, a file whose attributes are fresh is opened there when it is first needed."""
         writable = flags & os.O_ACCMODE != os.O_RDONLY
@@ -219,6 +229,10 @@ class Files:
             inode.opens -= 1
             self.data.settle(inode)
             raise
+        return self._opened(inode, known, changed, flags, uid, gids)
+
+    def _opened(self, inode: Inode, known: bool, changed: bool, flags: int, uid: int, gids: frozenset[int]) -> Opened:
+        self.ensure_file(inode)
         # A look-up may have noticed a change before, and the kernel's pages may not be gone yet.
         unchanged = known and inode.changes == inode.changes_told
         inode.changes_told = inode.changes
@@ -247,7 +261,7 @@ class Files:
         """close(2): on a backing far away the data goes there now, unless the journal is to be enough; errors are reported."""
         handle = self.handles[number]
         if self.io.backing.blocking and self.keeper.synced is None and handle.writable and handle.inode.unwritten:
-            await self._write_out(handle.inode)
+            await self.io.ask(self._write_out, handle.inode)
         self._report(handle)
 
     async def release(self, number: int) -> None:
@@ -262,7 +276,8 @@ class Files:
         if inode.unwritten and (closed := len(self.writeback.dirty) - len(self.handles)) > DIRTY_CLOSED_MAX // 2:
             self.writeback.write_soon()  # side by side, while programs go on
             if closed > DIRTY_CLOSED_MAX:
-                await self._write_out(next(iter(self.writeback.dirty)))
+                with contextlib.suppress(Unreachable):
+                    await self.io.ask(self._write_out, next(iter(self.writeback.dirty)))
 
     async def _write_out(self, inode: Inode) -> None:
         """Flushes; what goes wrong is remembered on the inode, for each handle to report."""
@@ -314,11 +329,12 @@ class Files:
         if not self.space.has_room(offset, len(data), file.size, not handle.uid):
             data = data[: await self.space.admit(inode, offset, len(data), file.size, not handle.uid)]
         if handle.uid and inode.st.st_mode & SET_ID:
-            await self.kill_set_id(inode, handle.gids)
+            await self.io.ask(self.kill_set_id, inode, handle.gids)
         if offset + len(data) > EXTEND_AT_ONCE_BYTES and offset + len(data) > inode.st.st_size:
-            await self._extend(inode, offset + len(data))
+            await self.io.ask(self._extend, inode, offset + len(data))
         if self.writeback.must_throttle(len(data)):
-            await self.writeback.throttle(len(data))
+            with self.io.watchdog.patience():
+                await self.writeback.throttle(len(data))
         now = now_ns(inode)
         inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
 
@@ -332,9 +348,9 @@ class Files:
 
         await self.filler.write(file, offset, data, dirtied)
         if not safe:
-            await self.writeback.flush(inode)
+            await self.io.ask(self.writeback.flush, inode)
         if handle.synchronous:
-            await self.fsync(number, True)
+            await self.io.ask(self.fsync, number, True)
         return len(data)
 
     async def _extend(self, inode: Inode, size: int) -> None:
@@ -410,10 +426,12 @@ class Files:
         self.data.unsynced.pop(inode, None)  # what is written from now on is not this call's
         inode.busy += 1
         try:
+            await self.data.renew(inode)
             fd = inode.writer if inode.writer >= 0 else await self.data.reader(inode)
             inode.unsynced = False
             await self.io.in_thread("fsync", self.io.backing.fsync, fd, datasync)
         except OSError as error:  # the backing tells each descriptor once, and all handles share ours
+            self.data.doubt(inode, error)
             inode.unsynced = True
             if self.io.backing.blocking:
                 self.data.unsynced[inode] = None

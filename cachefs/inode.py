@@ -7,7 +7,7 @@ not to another file. See `cachefs.descriptors` for the descriptors.
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -24,6 +24,7 @@ _NUMBERED_FIELDS = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid
 _NAMED_FIELDS = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blksize", "st_blocks", "st_rdev")
 
 Signature = tuple[int, int, int]
+NO_XATTRS: Mapping[bytes, bytes | int] = {}
 
 
 def signature_of(st: os.stat_result) -> Signature:
@@ -50,9 +51,9 @@ class Inode:
     """
 
     __slots__ = (
-        "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "epoch", "error_count",
+        "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "doubtful", "epoch", "error_count",
         "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "key", "lookups", "mtime_ns", "names", "node", "opens",
-        "reader", "retry_at", "retry_seconds", "signature", "st", "tries", "unlinked", "unsynced", "writer",
+        "reader", "retry_at", "retry_seconds", "signature", "st", "target", "tries", "unlinked", "unsynced", "writer", "xattrs",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -64,6 +65,7 @@ class Inode:
         self.fd_busy = 0  # calls under way that use `fd`
         self.handle: bytes | None = None  # name for open_by_handle_at, made when `fd` is closed
         self.reader = self.writer = -1  # descriptors for data; may be the same
+        self.doubtful = False  # something went wrong with them that may have been theirs alone
         self.busy = 0  # fills and writebacks under way that use them
         self.file: CachedFile | None = None
         self.st = st  # the backing's attributes when last seen
@@ -81,6 +83,8 @@ class Inode:
         self._lock: trio.Lock | None = None
         self.unlinked = False  # its last name is gone
         self.unsynced = True  # the backing may have something of it that is not durable there
+        self.target: bytes | None = None  # of a symbolic link, once asked for; it never changes
+        self.xattrs = NO_XATTRS  # what checking a path needs: values, or the errno that says why there is none
 
     @property
     def lock(self) -> trio.Lock:
@@ -140,6 +144,7 @@ class InodeTable:
         self._device = root_st.st_dev
         self._by_node = {ROOT_NODE: self.root}
         self._by_key = {self.root.key: self.root}
+        self._by_name: dict[tuple[Inode, bytes], Inode] = {}  # of all that had a name (`Inode.names`) who was seen there last
         self._next_node = FIRST_MADE_UP_NODE
 
     def __len__(self) -> int:
@@ -169,16 +174,27 @@ class InodeTable:
         self._next_node += 1
         return self._next_node
 
+    def named(self, parent: Inode, name: bytes) -> Inode | None:
+        """The inode that was last seen as `name` in `parent`, if it is known and nothing has been seen in its place."""
+        return self._by_name.get((parent, name))
+
     def name(self, inode: Inode, parent: Inode, name: bytes) -> None:
         """Notes that `inode` was found as `name` in `parent`."""
         if (parent, name) not in inode.names:
             inode.names[parent, name] = None
             parent.children += 1
+        self._by_name[parent, name] = inode
 
     def unname(self, inode: Inode, parent: Inode, name: bytes) -> None:
         if (parent, name) in inode.names:
             del inode.names[parent, name]
             parent.children -= 1
+            if self._by_name.get((parent, name)) is inode:
+                del self._by_name[parent, name]
+
+    def nothing_at(self, parent: Inode, name: bytes) -> None:
+        """Notes that there is nothing of that name. An inode that had it may still be tried there, should this be wrong."""
+        self._by_name.pop((parent, name), None)
 
     def paths(self, inode: Inode) -> tuple[bytes, ...]:
         """Its names as paths relative to the root, oldest first, a few of them at most."""
@@ -206,9 +222,8 @@ class InodeTable:
                 del self._by_key[inode.key]
             dropped.append(inode)
             parents = [parent for parent, _ in inode.names]
-            inode.names.clear()
-            for parent in parents:
-                parent.children -= 1
+            for parent, name in list(inode.names):
+                self.unname(inode, parent, name)
             if not parents:
                 break
             for parent in parents[1:]:
@@ -227,6 +242,8 @@ class InodeTable:
             assert self._by_node[inode.node] is inode
             for parent, _ in inode.names:
                 children[parent] = children.get(parent, 0) + 1
+        for key, inode in self._by_name.items():
+            assert key in inode.names and self._by_node.get(inode.node) is inode, "a name of an inode that is not known by it"
         for inode in self:
             assert inode.children == children.get(inode, 0), "children miscounted"
             assert inode.lookups >= 0 and inode.opens >= 0 and inode.busy >= 0 and inode.fd_busy >= 0

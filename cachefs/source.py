@@ -10,8 +10,10 @@ from backing.base import Backing
 from cachefs.backingio import BackingIO, write_fully
 from cachefs.descriptors import Descriptors
 from cachefs.inode import Inode, signature_of
+from cachefs.watchdog import GONE, getting_on
 
 START_SYNC_BYTES = 1 << 20  # extents from this size on go to the disk at once, or all of a long write would be left to fsync
+DEAD = GONE | {errno.EIO, errno.EBADF, errno.ESTALE}  # what descriptors of a lost connection give
 
 Extents = Sequence[tuple[int, list[memoryview]]]
 
@@ -57,6 +59,29 @@ class DataDescriptors:
         for fd in fds:
             self._close(fd)
 
+    def doubt(self, inode: Inode, error: OSError) -> None:
+        """Something went wrong with a descriptor: it may be one of a connection that is lost, and never work again."""
+        if self.io.backing.blocking and error.errno in DEAD:
+            inode.doubtful = True
+
+    async def renew(self, inode: Inode) -> None:
+        """Opens doubtful descriptors anew, by a caller that is counted in `inode.busy`: while others use them, they stay.
+
+        They stay as well if that cannot be: the file may have no name any more.
+        """
+        if not inode.doubtful or inode.busy > 1:
+            return
+        reader, writer = inode.reader, inode.writer
+        inode.reader = inode.writer = -1
+        try:
+            await (self.writer(inode) if writer >= 0 else self.reader(inode))
+            inode.doubtful = False
+        except OSError:
+            return
+        finally:  # those that are needed no more are closed
+            for fd in {reader, writer} - {-1}:
+                self._keep(inode, fd, fd == reader, fd == writer)
+
     async def _open(self, inode: Inode, flags: int) -> int:
         fd = -1
         if inode.fd < 0:
@@ -77,7 +102,7 @@ class DataDescriptors:
                 break
             if (st.st_dev, st.st_ino) == inode.key and stat.S_ISREG(st.st_mode):
                 return fd
-            self.io.backing.close(fd)
+            self.io.close(fd)
             break
         return -1
 
@@ -93,7 +118,7 @@ class DataDescriptors:
 
     def _close(self, fd: int) -> None:
         self.count -= 1
-        self.io.backing.close(fd)
+        self.io.close(fd)
 
 
 class FileSource:
@@ -115,9 +140,13 @@ class FileSource:
         inode = self.inode
         inode.busy += 1
         try:
+            await self.data.renew(inode)
             fd = await self.data.reader(inode)
             assert inode.file is not None
             return await self.data.io.read(fd, list(buffers), offset, inode.file.size - offset)
+        except OSError as problem:
+            self.data.doubt(inode, problem)
+            raise
         finally:
             inode.busy -= 1
             self.data.settle(inode)
@@ -127,16 +156,21 @@ class FileSource:
         inode, io, seen = self.inode, self.data.io, self.inode.st
         inode.busy += 1
         try:
+            await self.data.renew(inode)
             fd = await self.data.writer(inode)
             done, error, before, st = await io.in_thread("write", write_extents, io.backing, fd, extents, inode.mtime_ns)
             if st is not None and inode.st is not seen:  # a rename or the like of ours has read them after the thread did
                 st = await io.call("stat", io.backing.fstat, fd)
         except OSError as problem:
+            self.data.doubt(inode, problem)
             return 0, problem
         finally:
             inode.busy -= 1
         if io.backing.blocking:
             self.data.unsynced[inode] = None
+        if error is not None:
+            self.data.doubt(inode, error)
+            error = io.told(error)
         if before is not None and signature_of(before)[:2] != inode.signature[:2] and inode.st is seen:
             self.data.noticed(inode)  # somebody else's change, which ours would hide
         if st is not None:
@@ -163,6 +197,12 @@ def write_extents(
                 backing.start_sync(fd, offset, size)
     except OSError as error:
         problem = error if error.errno else OSError(errno.EIO, str(error))
+    if done and backing.blocking:
+        try:
+            getting_on(sum(len(buffer) for _, buffers in extents[:done] for buffer in buffers))
+            backing.flush(fd)
+        except OSError as error:
+            done, problem = 0, error
     try:
         with contextlib.suppress(PermissionError):  # not root, and somebody else's file that we may write
             backing.utime(fd, None, mtime_ns)

@@ -100,10 +100,10 @@ class State:
         with contextlib.suppress(CachefsError):  # a full disk must not keep us from writing out
             self.publish(STOPPING)
 
-    def note_end(self, unwritten: Sequence[Mapping[str, object]]) -> None:
-        """Leaves a note of what could not be written, for who asked us to end and did not get our last words."""
+    def note_end(self, unwritten: Sequence[Mapping[str, object]], kept: str | None) -> None:
+        """Leaves a note of what could not be written and where that is kept, for who asked us to end and did not get our last words."""
         with contextlib.suppress(CachefsError):
-            _write_atomically(os.path.join(self.directory, _END_FILE), json.dumps([os.getpid(), unwritten]))
+            _write_atomically(os.path.join(self.directory, _END_FILE), json.dumps([os.getpid(), unwritten, kept]))
 
     def close(self) -> None:
         """Gives the state up: removes what names this process, then the lock."""
@@ -208,14 +208,14 @@ def find_daemon(path: str) -> DaemonRecord | None:
     return next((record for record in live if record.source == real), None)
 
 
-def how_it_ended(record: DaemonRecord) -> list[dict[str, object]] | None:
-    """What this daemon could not write by the end of its mount; None if it left no word of that, as one that was killed."""
+def how_it_ended(record: DaemonRecord) -> tuple[list[dict[str, object]], str | None] | None:
+    """What this daemon could not write by the end of its mount, and where that is kept; None if it left no word of that."""
     try:
         with open(os.path.join(record.state_dir, _END_FILE), encoding="ascii") as file:
-            pid, unwritten = json.load(file)
+            pid, unwritten, kept = json.load(file)
     except (OSError, ValueError, TypeError):
         return None
-    return list(unwritten) if pid == record.pid else None
+    return (list(unwritten), kept) if pid == record.pid else None
 
 
 def _live_record(path: str) -> DaemonRecord | None:

@@ -94,6 +94,9 @@ class BackingStatistics:
     read_bytes: int
     latency_seconds: float  # estimate that readahead uses
     bandwidth_bytes_per_second: float
+    lost: int  # 1 = it does not answer, or is not there
+    silent_seconds: float  # for how long it has owed an answer and given none
+    timeouts: int  # requests and calls that failed because of that
 
 
 @dataclass(frozen=True, slots=True)

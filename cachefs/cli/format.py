@@ -195,7 +195,16 @@ def _errors(backing: Figures, writeback: Figures) -> str:
 def _backing(backing: Figures) -> str:
     latency, bandwidth = _count(backing, "latency_seconds"), _count(backing, "bandwidth_bytes_per_second")
     speed = f"latency {format_duration(latency)}, {format_size(bandwidth)}/s" if bandwidth else "not measured yet"
-    return f"{speed}; {format_size(_count(backing, 'read_bytes'))} read"
+    timeouts = _count(backing, "timeouts")
+    failed = f"; {timeouts} requests failed for want of an answer" if timeouts else ""
+    return f"{_state(backing)}{speed}; {format_size(_count(backing, 'read_bytes'))} read{failed}"
+
+
+def _state(backing: Figures) -> str:
+    if not backing.get("lost"):
+        return ""
+    silent = _count(backing, "silent_seconds")
+    return f"LOST, no answer for {format_duration(silent)}; " if silent else "LOST, says it is not there; "
 
 
 def _calls(durations: Figures) -> Iterator[tuple[str, str]]:

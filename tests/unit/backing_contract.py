@@ -268,6 +268,14 @@ class BackingContract:
         s.backing.truncate(fd, 5)
         assert s.backing.fstat(fd).st_size == 5
 
+    def test_flush_takes_files_and_leaves_them_open(self, s: Store) -> None:
+        fd = s.keep(s.backing.open(s.root, b"flushed", os.O_RDWR | os.O_CREAT, 0o600))
+        s.backing.pwritev(fd, [b"data"], 0)
+        s.backing.flush(fd)
+        s.backing.flush(fd)
+        assert s.backing.fstat(fd).st_size == 4
+        s.backing.pwritev(fd, [b"more"], 4)
+
     def test_fsync_takes_files_and_directories(self, s: Store) -> None:
         fd = s.file(data=b"data")
         s.backing.fsync(fd, True)
