@@ -257,7 +257,13 @@ class FileSystem:
             if st is not None and inode is not None and (inode.lookups or inode.opens):
                 with contextlib.suppress(OSError):
                     await stack.enter_async_context(self.descriptors.holding(inode))
-            yield st, inode
+            if inode is not None:
+                inode.losing += 1  # whoever writes it meanwhile is not to take that for somebody else's doing
+            try:
+                yield st, inode
+            finally:
+                if inode is not None:
+                    inode.losing -= 1
         if inode is not None and inode.unlinked:
             self.drop(inode)
 
@@ -293,6 +299,7 @@ class FileSystem:
         if inode is not None:
             self.table.unname(inode, parent, name)
             self.table.name(inode, new_parent, new_name)
+            self.files.opened(inode)
             await self.files.readopt(inode)
 
     # --- directories ---------------------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ class Inode:
 
     __slots__ = (
         "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "epoch", "error_count",
-        "error_errno", "fd", "fd_busy", "file", "handle", "key", "lookups", "mtime_ns", "names", "node", "opens",
-        "reader", "retry_at", "retry_seconds", "signature", "st", "unlinked", "writer",
+        "error_errno", "fd", "fd_busy", "file", "handle", "key", "lookups", "losing", "mtime_ns", "names", "node",
+        "noticed", "opens", "reader", "retry_at", "retry_seconds", "signature", "st", "unlinked", "unsure", "writer",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -51,6 +51,8 @@ class Inode:
         self.file: CachedFile | None = None
         self.st = st  # the backing's attributes when last seen
         self.signature = signature_of(st)  # of the contents that the cached pages are of
+        self.unsure = False  # a change of ours may have made the backing's signature another one, which was not seen yet
+        self.noticed: tuple[int, int] | None = None  # mtime and size of the last version of others seen beside unwritten data
         self.checked_at = 0.0
         self.changes = self.changes_told = 0  # made by others: noticed so far, and when the kernel last opened it
         self.epoch = 0  # grows with every change we make, so that attributes read meanwhile are known to be stale
@@ -60,7 +62,8 @@ class Inode:
         self.error_errno = 0
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
         self._lock: trio.Lock | None = None
-        self.unlinked = False  # its last name is gone
+        self.unlinked = False  # its last name is gone, by our doing
+        self.losing = 0  # unlinks and renames of ours under way that may take its last name
 
     @property
     def lock(self) -> trio.Lock:
@@ -120,6 +123,7 @@ class InodeTable:
         self._device = root_st.st_dev
         self._by_node = {ROOT_NODE: self.root}
         self._by_key = {self.root.key: self.root}
+        self._by_name: dict[tuple[Inode, bytes], Inode] = {}  # {(parent, name): the inode found there last}
         self._next_node = FIRST_MADE_UP_NODE
 
     def __len__(self) -> int:
@@ -154,11 +158,26 @@ class InodeTable:
         if (parent, name) not in inode.names:
             inode.names[parent, name] = None
             parent.children += 1
+        self._by_name[parent, name] = inode
 
     def unname(self, inode: Inode, parent: Inode, name: bytes) -> None:
         if (parent, name) in inode.names:
             del inode.names[parent, name]
             parent.children -= 1
+            if self._by_name.get((parent, name)) is inode:
+                del self._by_name[parent, name]
+
+    def named(self, parent: Inode, name: bytes) -> Inode | None:
+        """The inode that was found under a name last; None if nobody has asked for it, or if it is known to be gone."""
+        return self._by_name.get((parent, name))
+
+    def path_in(self, parent: Inode, name: bytes) -> bytes:
+        """The path of `name` in `parent` relative to the root."""
+        parts = [name]
+        while parent is not self.root and parent.names:
+            parent, name = next(iter(parent.names))
+            parts.append(name)
+        return b"/".join(reversed(parts))
 
     def drop(self, inode: Inode) -> list[Inode]:
         """Forgets an inode that nobody uses, and parents that were kept for it alone; returns those, for their descriptors.
@@ -174,6 +193,9 @@ class InodeTable:
                 del self._by_key[inode.key]
             dropped.append(inode)
             parents = [parent for parent, _ in inode.names]
+            for place in inode.names:
+                if self._by_name.get(place) is inode:
+                    del self._by_name[place]
             inode.names.clear()
             for parent in parents:
                 parent.children -= 1
@@ -189,12 +211,21 @@ class InodeTable:
         if self._by_key.get(inode.key) is inode:
             del self._by_key[inode.key]
 
+    def rebind(self, inode: Inode, st: os.stat_result) -> None:
+        """The inode is another file of the backing from now on; for the kernel, and whoever has it open, it is the same."""
+        self.renumbered(inode)
+        inode.key = (st.st_dev, st.st_ino)
+        self._by_key[inode.key] = inode  # one that was found there meanwhile is an inode of its own, as if it were gone
+
     def check(self) -> None:
         children: dict[Inode, int] = {}
         for inode in self:
             assert self._by_node[inode.node] is inode
             for parent, _ in inode.names:
                 children[parent] = children.get(parent, 0) + 1
+        for (parent, name), inode in self._by_name.items():
+            assert (parent, name) in inode.names, "found under a name that it does not have"
+            assert self._by_node[inode.node] is inode, "found under a name, and dropped"
         for inode in self:
             assert inode.children == children.get(inode, 0), "children miscounted"
             assert inode.lookups >= 0 and inode.opens >= 0 and inode.busy >= 0 and inode.fd_busy >= 0

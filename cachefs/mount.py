@@ -86,7 +86,7 @@ class Mount:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals)
             self.tasks = Guarded(nursery)
-            self.stack = Stack(self.config, self.backing, self.tasks, self._changed)
+            self.stack = Stack(self.config, self.backing, self.tasks, self._changed, self._gone)
             self.commands = Commands(self)
             try:
                 self._connect(nursery)
@@ -135,6 +135,8 @@ class Mount:
     async def _start_services(self, nursery: trio.Nursery) -> None:
         self.tasks.start_service(self.stack.writeback.run)
         self.tasks.start_service(self._sweep)
+        if self.stack.watcher is not None:
+            self.tasks.start_service(self.stack.watcher.run)
         await nursery.start(controlserver.serve, self.state.socket_path, self.commands.handlers())
         if self.config.metrics_host is not None:
             token = trio.lowlevel.current_trio_token()
@@ -150,9 +152,12 @@ class Mount:
             self.stack.fs.sweep(SWEEP_INODES)
 
     def _changed(self, inode: Inode) -> None:
-        """The file's contents changed underneath: the kernel's pages of it are wrong too."""
-        if self.kernel_cache != "off":
-            self.tasks.start_soon(self._invalidate, inode.node)
+        """The file's contents changed underneath: what the kernel knows is wrong too, in mode `off` its size and mapped pages."""
+        self.tasks.start_soon(self._invalidate, inode.node)
+
+    def _gone(self, parent: Inode, name: bytes) -> None:
+        """Somebody else has removed or replaced what had this name: the kernel is to ask again."""
+        pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent.node), pyfuse3.FileNameT(name), ignore_enoent=True)
 
     async def _invalidate(self, node: int) -> None:
         with contextlib.suppress(OSError):  # the kernel may not know it any more

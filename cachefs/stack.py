@@ -20,6 +20,7 @@ from cachefs.fs import FileSystem
 from cachefs.inode import Inode, InodeTable
 from cachefs.statistics import FileSystemStatistics, HistogramSnapshot, Statistics
 from cachefs.tasks import Spawner
+from cachefs.watch import Watcher
 from cachefs.writeback import Writeback
 
 
@@ -36,9 +37,20 @@ def descriptor_budget() -> int:
 
 
 class Stack:
-    """The parts of one mount. `changed(inode)` is told when a file turns out to have been changed underneath."""
+    """The parts of one mount.
 
-    def __init__(self, config: Config, backing: Backing, tasks: Spawner, changed: Callable[[Inode], None]) -> None:
+    `changed(inode)` is told when a file turns out to have been changed underneath, `gone(parent, name)` when a name does not
+    mean any more what the kernel knows.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        backing: Backing,
+        tasks: Spawner,
+        changed: Callable[[Inode], None],
+        gone: Callable[[Inode, bytes], None],
+    ) -> None:
         self.config = config
         self.started = time.monotonic()
         self.io = BackingIO(backing)
@@ -58,8 +70,9 @@ class Stack:
         self.filler = Filler(self.cache, tasks, self.writeback.need_room)
         self.files = Files(
             self.io, self.descriptors, self.cache, self.filler, self.writeback,
-            config.readahead_max_bytes, config.metadata_ttl_seconds, changed,
+            config.readahead_max_bytes, config.metadata_ttl_seconds, changed, gone,
         )  # fmt: skip
+        self.watcher = Watcher(self.descriptors, self.files, gone) if backing.watch_path(root_fd) is not None else None
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
 
     def _settled(self, inode: Inode) -> None:
@@ -78,11 +91,7 @@ class Stack:
 
     def path(self, inode: Inode) -> str:
         """A name of the inode relative to SOURCE, for people."""
-        parts: list[bytes] = []
-        while inode is not self.table.root and inode.names:
-            inode, name = next(iter(inode.names))
-            parts.append(name)
-        return os.fsdecode(b"/".join(reversed(parts)))
+        return os.fsdecode(self.table.path_in(*next(iter(inode.names)))) if inode.names else ""
 
     def statistics(self, kernel_cache: str, durations: dict[str, HistogramSnapshot]) -> Statistics:
         """A snapshot; what is above, the kernel's mode and the durations of requests, is passed in."""
@@ -95,6 +104,7 @@ class Stack:
             cache=self.cache.statistics(),
             writeback=self.writeback.statistics(),
             backing=self.io.statistics(),
+            conflicts=self.files.conflicts.statistics(),
             filesystem=FileSystemStatistics(
                 durations=durations,
                 open_handles=len(self.files.handles),

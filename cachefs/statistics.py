@@ -87,6 +87,24 @@ class BackingStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class Conflict:
+    """A file that was changed on both sides. Paths are relative to SOURCE."""
+
+    path: str
+    copy: str
+    kept: str  # whose version the copy has: theirs | ours
+    when: float  # seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
+class ConflictStatistics:
+    """Changes underneath that met unwritten data; each has left a copy."""
+
+    total: int
+    recent: tuple[Conflict, ...]  # the last ones, oldest first
+
+
+@dataclass(frozen=True, slots=True)
 class FileSystemStatistics:
     """Requests that programs made and what is open."""
 
@@ -108,4 +126,5 @@ class Statistics:
     cache: CacheStatistics
     writeback: WritebackStatistics
     backing: BackingStatistics
+    conflicts: ConflictStatistics
     filesystem: FileSystemStatistics

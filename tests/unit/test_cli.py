@@ -21,6 +21,8 @@ from cachefs.errors import UsageError
 from cachefs.statistics import (
     BackingStatistics,
     CacheStatistics,
+    Conflict,
+    ConflictStatistics,
     FileSystemStatistics,
     Histogram,
     Statistics,
@@ -342,6 +344,7 @@ def a_status() -> dict[str, object]:
             durations={"read": histogram.snapshot()}, errors={}, read_bytes=1 << 20, latency_seconds=0.005,
             bandwidth_bytes_per_second=1e8,
         ),
+        conflicts=ConflictStatistics(total=2, recent=(Conflict("d/a", "d/a.conflict-20261122-153000", "theirs", 0.0),)),
         filesystem=FileSystemStatistics(durations={}, open_handles=1, known_inodes=2, open_descriptors=3),
     )  # fmt: skip
     figures = json.loads(json.dumps(dataclasses.asdict(statistics)))
@@ -362,6 +365,7 @@ def test_status_for_people_shows_the_figures() -> None:
         "99.9 % of pages (999 hits, 1 misses)", "1 cold (pages)", "5 capacity (pages)",
         "3 pages used, 1 unused, 0 late",
         "8 KiB of at most 256 MiB, oldest 1.5 s", "writers slowed for 250 ms", "writeback 2 EIO (calls)",
+        "2 files changed on both sides", "d/a, theirs kept as d/a.conflict-20261122-153000",
         "latency 5.0 ms", "1 calls, 4.0 ms each on average", "metrics       off",
     ):  # fmt: skip
         assert words in text
