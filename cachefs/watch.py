@@ -22,6 +22,7 @@ from cachefs.inode import Inode
 
 log = logging.getLogger(__name__)
 
+Place = tuple[Inode, bytes]  # a directory, and a name in it
 MODIFY, OVERFLOW, IGNORED = int(flags.MODIFY), int(flags.Q_OVERFLOW), int(flags.IGNORED)
 MASK = MODIFY | int(flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO | flags.ONLYDIR | flags.EXCL_UNLINK)
 TOLD_AFTER_SECONDS = 0.02  # events are gathered so long: a burst costs one look at each file
@@ -85,7 +86,7 @@ class Watcher:
         self.watches: dict[Inode, Watch] = {}  # {directory: its watch}, that which was needed longest ago first
         self._directories: dict[int, Inode] = {}  # {number of a watch: directory}
         self._opened: dict[Inode, None] = {}  # files to be watched
-        self._later: dict[Inode, None] = {}  # files to look at when whoever changes them for us is done
+        self._later: dict[Place, None] = {}  # what to look at when a change of ours is done
         self._inotify: inotify_simple.INotify | None = None
 
     async def run(self) -> None:
@@ -137,8 +138,7 @@ class Watcher:
                 self.watches[parent] = watch
                 watch.add(inode)
                 if new:  # nobody has told us what happened until now
-                    await self._look_at_name(parent, name)
-                    await self._look_at(inode)
+                    await self._look_at((parent, name))
 
     async def _add(self, directory: Inode) -> Watch | None:
         if len(self.watches) >= self.most > 0:
@@ -197,55 +197,40 @@ class Watcher:
             return []
 
     async def _take(self, events: list[inotify_simple.Event]) -> None:
-        """Looks once at each file and name that events are about."""
-        contents, self._later = self._later, {}
-        names: dict[tuple[Inode, bytes], None] = {}
+        """Looks once at each place that events are about."""
+        places, self._later = self._later, {}
         overflow = False
-        for number, mask, _, text in events:
+        for number, mask, _, name in events:
+            directory = self._directories.get(number)
             if mask & OVERFLOW:
                 overflow = True
-            elif mask & IGNORED:
-                directory = self._directories.pop(number, None)
-                if directory is not None:
-                    self.watches.pop(directory, None)
-            elif number in self._directories:
-                place = self._directories[number], os.fsencode(text)
-                inode = self.table.named(*place)
-                if inode is None:
-                    continue
-                if mask & MODIFY:
-                    contents[inode] = None
-                else:
-                    names[place] = None
-        for place in names:
-            await self._look_at_name(*place)
-        for inode in contents:
-            await self._look_at(inode)
+            elif directory is not None and mask & IGNORED:
+                del self._directories[number]
+                self.watches.pop(directory, None)
+            elif directory is not None:
+                places[directory, os.fsencode(name)] = None
+        for place in places:
+            await self._look_at(place)
         if overflow:
             await self._look_at_everything()
 
-    async def _look_at(self, inode: Inode) -> None:
-        """Whether the file's contents are those that we know."""
-        if not is_needed(inode):
-            return
-        if inode.locked:  # it may be our own change that was told of
-            self._later[inode] = None
-            return
-        with contextlib.suppress(OSError):  # it is gone, or cannot be had: whoever needs it will be told
-            await self.files.refresh(inode)
-
-    async def _look_at_name(self, parent: Inode, name: bytes) -> None:
-        """Whether a name means what it did."""
-        inode = self.table.named(parent, name)
+    async def _look_at(self, place: Place) -> None:
+        """Whether a name means the file that we know under it, and whether that has the contents that we know."""
+        inode = self.table.named(*place)
         if inode is None:
             return
+        if inode.locked:  # it may be a change of ours, which is not done yet
+            self._later[place] = None
+            return
+        directory, name = place
         try:
-            st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
-        except OSError:
+            st = await self.descriptors.at("lookup", directory, self.backing.stat, name)
+        except OSError:  # most likely it is gone; whoever wants it will be told what there is
             st = None
         if st is None or (st.st_dev, st.st_ino) != inode.key:
-            self.gone(parent, name)
-            await self._look_at(inode)
+            self.gone(directory, name)
+        elif is_needed(inode):
+            self.files.absorb(inode, st)
 
     async def _look_at_everything(self) -> None:
         """Events were lost."""
@@ -253,6 +238,5 @@ class Watcher:
         for i, inode in enumerate(list(self.table)):
             if i % STEP_INODES == 0:
                 await trio.sleep(STEP_PAUSE_SECONDS)
-            for parent, name in list(inode.names):
-                await self._look_at_name(parent, name)
-            await self._look_at(inode)
+            for place in list(inode.names):
+                await self._look_at(place)
