@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 RECENT_MAX = 100  # conflicts that `cachefs status --json` lists
 NUMBER_MAX = 100_000  # copies of one name and second
 PIECE_BYTES, CHUNK_BYTES = 8 << 20, 1 << 20  # of a copy: for each call into a thread, and for each read in there
-TRIES = 5  # copies of a file that is being changed while it is copied
+TRIES_MIN, TRIES_MAX, TRY_SECONDS = 5, 100, 2.0  # copies of a file that is being changed while it is copied
 TICK_SECONDS = 0.02  # more than a tick of the clock of file times: two changes within one may leave the same time
 GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR)
 ACL = b"system.posix_acl_access"
@@ -103,10 +103,13 @@ class Conflicts:
 
     async def _copy_at_rest(self, fd: int, copy: Copy) -> Signature:
         """Copies until nothing was changed meanwhile; returns the signature of that version."""
-        for _ in range(TRIES):
+        give_up_at = trio.current_time() + TRY_SECONDS
+        for tries in range(1, TRIES_MAX + 1):
             theirs = await self._copy(fd, copy)
             if signature_of(await self.io.call("stat", self.backing.fstat, fd))[:2] == theirs[:2]:
                 return theirs
+            if tries >= TRIES_MIN and trio.current_time() > give_up_at:
+                break
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
     async def _resize(self, inode: Inode, theirs: Signature, size: int) -> None:

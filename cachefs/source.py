@@ -159,7 +159,7 @@ class FileSource:
         if written.st is None:
             inode.unsure = unsure or written.touched
             return written
-        inode.signature, inode.unsure = signature_of(written.st), False
+        inode.signature, inode.unsure = (*written.signature, written.st.st_ctime_ns), False
         if inode.st is seen:
             st = written.st
         else:  # a rename or the like of ours has read them after the thread did
@@ -177,6 +177,7 @@ class Written(NamedTuple):
     done: int  # extents that were written
     problem: OSError | None  # what stopped it
     st: os.stat_result | None  # what the backing shows afterwards; None where that could not be read
+    signature: tuple[int, int] = (0, 0)  # mtime and size that it shows if nobody but us has written to the file meanwhile
     touched: bool = True  # maybe something of the file is another now
     changed: bool = False  # nothing was written: somebody else has changed the file
 
@@ -201,9 +202,15 @@ def write_extents(
                 backing.start_sync(fd, offset, size)
     except OSError as error:
         problem = error if error.errno else OSError(errno.EIO, str(error))
+    restored = False
     try:
         with contextlib.suppress(PermissionError):  # not root, and somebody else's file that we may write
             backing.utime(fd, None, mtime_ns)
-        return Written(done, problem, backing.fstat(fd))
+            restored = True
+        st = backing.fstat(fd)
     except OSError as error:
         return Written(done, problem or error, None)
+    # A later mtime and a larger size are others' doing since then; an earlier mtime is ours where the store has coarser steps.
+    mtime_ns = min(st.st_mtime_ns, mtime_ns) if restored else st.st_mtime_ns
+    end = max(before.st_size, extents[-1][0] + sum(map(len, extents[-1][1])))
+    return Written(done, problem, st, (mtime_ns, min(st.st_size, end)))

@@ -88,25 +88,31 @@ class Watcher:
         self._opened: dict[Inode, None] = {}  # files to be watched
         self._later: dict[Place, None] = {}  # what to look at when a change of ours is done
         self._inotify: inotify_simple.INotify | None = None
+        files.opened = self.opened
 
     async def run(self) -> None:
         """Watches until cancelled. Where there is no inotify, the log says so and --metadata-ttl has to do."""
+        self.files.opened = self.opened
         try:
             # In a thread: it looks for the C library with the help of other programs.
             inotify = await trio.to_thread.run_sync(functools.partial(inotify_simple.INotify, nonblocking=True))
         except OSError as error:
             self._fall_back("no inotify", error)
+            self._forget()
             await trio.sleep_forever()
-        self._inotify, self.files.opened = inotify, self.opened
+        self._inotify = inotify
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._tend)
                 nursery.start_soon(self._listen)
         finally:
-            self.files.opened = lambda inode: None
             inotify.close()
-            self.watches.clear()
-            self._directories.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        self.files.opened = lambda inode: None
+        for collection in (self.watches, self._directories, self._opened, self._later):
+            collection.clear()
 
     def opened(self, inode: Inode) -> None:
         """The file's directories are to be watched; called at every open, so it only takes a note."""

@@ -64,7 +64,6 @@ async def watched(top: Path) -> AsyncIterator[Watched]:
         world = Watched(nursery, top)
         world.watcher = Watcher(world.descriptors, world.files, lambda *place: world.gone.append(place))
         world.watcher._inotify = inotify_simple.INotify(nonblocking=True)
-        world.files.opened = world.watcher.opened
         yield world
         world.check()
         world.watcher._inotify.close()
@@ -310,6 +309,8 @@ def test_without_inotify_it_says_so_once_and_nothing_else_changes(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(world.watcher.run)
             await trio.sleep(1)
+            await world.open("file")
+            assert not world.watcher._opened, "nobody waits for a watch"
             nursery.cancel_scope.cancel()
         assert caplog.text.count("no inotify (Too many open files): changes that others make in SOURCE are noticed after") == 1
 
