@@ -9,11 +9,9 @@ Copies are made durable before anything is overwritten; where one cannot be made
 
 import contextlib
 import errno
-import itertools
 import json
 import logging
 import os
-import stat
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -21,8 +19,8 @@ from dataclasses import dataclass
 
 import trio
 
-from backing.base import Backing
-from cachefs.backingio import BackingIO, write_fully
+from cachefs.backingio import BackingIO
+from cachefs.copies import copy_piece, create_free, dress, remove, resize, sync
 from cachefs.descriptors import Descriptors
 from cachefs.inode import Inode, Signature, signature_of
 from cachefs.source import DataDescriptors
@@ -31,13 +29,10 @@ from cachefs.statistics import Conflict, ConflictStatistics
 log = logging.getLogger(__name__)
 
 RECENT_MAX = 100  # conflicts that `cachefs status --json` lists
-NUMBER_MAX = 100_000  # copies of one name and second
-PIECE_BYTES, CHUNK_BYTES = 8 << 20, 1 << 20  # of a copy: for each call into a thread, and for each read in there
+PIECE_BYTES = 8 << 20  # of a copy, for each call into a thread
 TRIES_MIN, TRIES_MAX, TRY_SECONDS = 5, 100, 2.0  # copies of a file that is being changed while it is copied
 TICK_SECONDS = 0.02  # more than a tick of the clock of file times: two changes within one may leave the same time
 GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR)
-ACL = b"system.posix_acl_access"
-NOT_GIVEN_AWAY = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP)  # not root, or a store without owners
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +42,7 @@ class Copy:
     parent: Inode
     name: bytes
     fd: int
+    dirfd: int  # of the parent
 
 
 class Conflicts:
@@ -170,28 +166,29 @@ class Conflicts:
 
     @contextlib.asynccontextmanager
     async def _copy_beside(self, inode: Inode) -> AsyncIterator[Copy]:
-        """A new file, which goes again if what is done with it fails."""
-        copy = await self._create(inode)
+        """A new file, which goes again if what is done with it fails. Its directory stays at hand meanwhile."""
+        parent, name, fd = await self._create(inode)
         try:
-            yield copy
-        except BaseException:
-            with trio.CancelScope(shield=True), contextlib.suppress(OSError):
-                await self.descriptors.at("unlink", copy.parent, remove, self.backing, copy)
-            raise
+            async with self.descriptors.holding(parent) as dirfd:
+                copy = Copy(parent, name, fd, dirfd)
+                try:
+                    yield copy
+                except BaseException:
+                    with trio.CancelScope(shield=True), contextlib.suppress(OSError):
+                        await self.io.call("unlink", remove, self.backing, dirfd, name, fd)
+                    raise
         finally:
-            self.backing.close(copy.fd)
+            self.backing.close(fd)
 
-    async def _create(self, inode: Inode) -> Copy:
-        """Beside the file; where its directory is gone, in the nearest one above that is not."""
+    async def _create(self, inode: Inode) -> tuple[Inode, bytes, int]:
+        """Beside the file; where its directory is gone, in the nearest one above that is not: (directory, name, descriptor)."""
         now = time.time()
         for parent, name in await self._places(inode):
             try:
-                found, fd = await self.descriptors.at("create", parent, create_free, self.backing, name, now)
+                return parent, *await self.descriptors.at("create", parent, create_free, self.backing, name, now)
             except OSError as error:
                 if error.errno not in GONE:
                     raise
-            else:
-                return Copy(parent, found, fd)
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     async def _is_gone(self, inode: Inode, st: os.stat_result) -> bool:
@@ -237,122 +234,8 @@ class Conflicts:
             await io.in_thread("copy", copy_piece, backing, fd, copy.fd, offset, min(offset + PIECE_BYTES, size))
         await io.call("truncate", backing.truncate, copy.fd, size)
         await io.in_thread("copy", dress, backing, fd, copy.fd, st)
-        async with self.descriptors.holding(copy.parent) as dirfd:
-            await io.in_thread("fsync", sync, backing, copy.fd, dirfd)
+        await io.in_thread("fsync", sync, backing, copy.fd, copy.dirfd)
         return signature_of(st)
 
     def statistics(self) -> ConflictStatistics:
         return ConflictStatistics(total=self.total, recent=tuple(self.recent))
-
-
-# --- names ---------------------------------------------------------------------------------------------------------------
-
-
-def conflict_name(name: bytes, when: float, number: int, longest: int) -> bytes:
-    """`NAME.conflict-20261122-153000`, and `-2`, `-3` ... for further ones; the base is cut to stay within `longest` bytes."""
-    ending = time.strftime(".conflict-%Y%m%d-%H%M%S", time.localtime(when)).encode()
-    if number > 1:
-        ending += b"-%d" % number
-    return cut(name, longest - len(ending)) + ending
-
-
-def cut(name: bytes, nbytes: int) -> bytes:
-    """At most `nbytes` bytes of a name, and no half character at the end if it is UTF-8."""
-    if len(name) <= nbytes:
-        return name
-    start = nbytes
-    while start > max(0, nbytes - 3) and name[start] & 0xC0 == 0x80:
-        start -= 1
-    return name[:start] if name[start] & 0xC0 == 0xC0 else name[:nbytes]
-
-
-# --- calls to the backing, maybe in a thread -------------------------------------------------------------------------------
-
-
-def create_free(dirfd: int, backing: Backing, name: bytes, when: float) -> tuple[bytes, int]:
-    """Makes a file under the first name for a copy that is free; (name, descriptor)."""
-    longest = min(255, backing.statvfs(dirfd).f_namemax or 255)
-    for number in itertools.count(1):
-        candidate = conflict_name(name, when, number, longest)
-        try:
-            return candidate, backing.open(dirfd, candidate, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            if number >= NUMBER_MAX:
-                raise
-    raise AssertionError("unreachable: count() has no end")
-
-
-def remove(dirfd: int, backing: Backing, copy: Copy) -> None:
-    """Removes a copy that was not finished, unless another file has its name."""
-    there, ours = backing.stat(dirfd, copy.name), backing.fstat(copy.fd)
-    if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
-        backing.unlink(dirfd, copy.name)
-
-
-def copy_piece(backing: Backing, fd: int, to_fd: int, offset: int, end: int) -> None:
-    """Copies bytes [offset, end), as far as there are any; leaves holes for zeros."""
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    zeros = bytes(CHUNK_BYTES)
-    while offset < end:
-        nbytes = backing.preadv(fd, [buffer[: end - offset]], offset)
-        if not nbytes:
-            break
-        if buffer[:nbytes] != zeros[:nbytes]:
-            write_fully(backing, to_fd, [buffer[:nbytes]], offset)
-        offset += nbytes
-
-
-def dress(backing: Backing, fd: int, to_fd: int, st: os.stat_result) -> None:
-    """Gives a copy the owner, permissions, attributes and times of what it is a copy of; never set-id bits.
-
-    Whoever could not read the original cannot read the copy: where the owner cannot be kept, only the daemon's user can.
-    """
-    mode = stat.S_IMODE(st.st_mode) & 0o777
-    try:
-        backing.chown(to_fd, st.st_uid, st.st_gid)
-    except OSError as error:
-        if error.errno not in NOT_GIVEN_AWAY:
-            raise
-        mode &= 0o700
-    copy_attributes(backing, fd, to_fd)
-    backing.chmod(to_fd, mode)
-    backing.utime(to_fd, st.st_atime_ns, st.st_mtime_ns)
-
-
-def copy_attributes(backing: Backing, fd: int, to_fd: int) -> None:
-    """Extended attributes of users, as far as they can be had, and the ACL: if that cannot be kept, no copy."""
-    try:
-        names = backing.listxattr(fd)
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        return
-    if ACL in names:
-        backing.setxattr(to_fd, ACL, backing.getxattr(fd, ACL))
-    elif ACL in backing.listxattr(to_fd):  # what the directory gives to new files
-        backing.removexattr(to_fd, ACL)
-    for name in names:
-        if name.startswith(b"user."):
-            with contextlib.suppress(OSError):
-                backing.setxattr(to_fd, name, backing.getxattr(fd, name))
-
-
-def sync(backing: Backing, fd: int, dirfd: int) -> None:
-    """Makes a new file and its name durable; the name where the directory may be read."""
-    backing.fsync(fd, False)
-    try:
-        directory = backing.reopen(dirfd, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:
-        return
-    try:
-        backing.fsync(directory, False)
-    finally:
-        backing.close(directory)
-
-
-def resize(backing: Backing, fd: int, theirs: Signature, size: int) -> os.stat_result | None:
-    """Sets the size of a file that has this signature; None, and nothing done, if it has another one by now."""
-    if signature_of(backing.fstat(fd))[:2] != theirs[:2]:
-        return None
-    backing.truncate(fd, size)
-    return backing.fstat(fd)

@@ -307,16 +307,6 @@ def test_regression_an_open_hard_link_far_away_is_read_after_its_name_is_gone(mo
         assert os.pread(fd, 99, 0) == b"contents"
 
 
-def test_of_two_changes_to_a_page_ours_stays_when_it_is_written_back_later(mounted: Factory) -> None:
-    mount = mounted(*LATER, "--metadata-ttl", "0s")
-    with opened(os.fspath(mount.path / "file"), RDWR_CREAT) as fd:
-        os.write(fd, b"ours")
-        (mount.source / "file").write_bytes(b"theirs, and longer")
-        assert os.stat(mount.path / "file").st_size == 4
-        os.fsync(fd)
-    assert (mount.source / "file").read_bytes() == b"oursrs, and longer"
-
-
 def test_a_symlink_planted_in_source_leads_nobody_out_of_it(mounted: Factory) -> None:
     mount = mounted("--metadata-ttl", "0s")
     outside = mount.base / "outside"

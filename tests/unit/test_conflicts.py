@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachefs.cache.page import PAGE_SIZE
-from cachefs.conflicts import RECENT_MAX, conflict_name, cut
+from cachefs.conflicts import RECENT_MAX
+from cachefs.copies import conflict_name, cut
 from cachefs.fs import Changes
 from cachefs.inode import Inode
 from world import CALLER, World
@@ -579,6 +580,25 @@ def test_a_change_of_a_clean_file_is_no_conflict(play: Callable[..., None], tmp_
         await world.files.write(handle, 6, b" and ours")
         await world.files.fsync(handle, False)
         assert (tmp_path / "file").read_bytes() == b"theirs and ours" and not copies(tmp_path)
+
+    play(test)
+
+
+def test_what_leaves_size_and_mtime_alone_is_not_noticed_beside_unwritten_data(
+    play: Callable[..., None], tmp_path: Path
+) -> None:
+    """Without unwritten data ctime tells; beside it every chmod and rename would make a copy if it did."""
+
+    async def test(world: World) -> None:
+        (tmp_path / "file").write_bytes(b"old...")
+        before = os.stat(tmp_path / "file")
+        _, handle = await dirty(world, "file", b"ours", offset=2 * P)
+        (tmp_path / "file").write_bytes(b"theirs")
+        os.utime(tmp_path / "file", ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.chmod(tmp_path / "file", 0o600)
+        await world.files.fsync(handle, False)
+        assert not copies(tmp_path)
+        assert (tmp_path / "file").read_bytes() == b"theirs".ljust(2 * P, b"\0") + b"ours"
 
     play(test)
 
