@@ -100,7 +100,7 @@ class Mount:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals)
             self.tasks = Guarded(nursery)
-            self.stack = Stack(self.config, self.backing, self.tasks, self._changed)
+            self.stack = Stack(self.config, self.backing, self.tasks, self._changed, self._gone)
             try:
                 await self._serve(ready, nursery)
             finally:  # of all that is under way, threads that hang in SOURCE included
@@ -173,6 +173,8 @@ class Mount:
         self.tasks.start_service(self._sweep)
         self.tasks.start_service(self._retire)
         self.tasks.start_service(self.stack.files.space.watch)
+        if self.stack.watcher is not None:
+            self.tasks.start_service(self.stack.watcher.run)
         await nursery.start(controlserver.serve, self.state.socket_path, self.commands.handlers())
         if self.config.metrics_host is not None:
             token = trio.lowlevel.current_trio_token()
@@ -194,9 +196,12 @@ class Mount:
                 await self.stack.keeper.retire()
 
     def _changed(self, inode: Inode) -> None:
-        """The file's contents changed underneath: the kernel's pages of it are wrong too."""
-        if self.kernel_cache != "off":
-            self.tasks.start_soon(self.invalidate, inode.node)
+        """The file's contents changed underneath: what the kernel knows is wrong too, in mode `off` its size and mapped pages."""
+        self.tasks.start_soon(self.invalidate, inode.node)
+
+    def _gone(self, parent: Inode, name: bytes) -> None:
+        """Somebody else has removed or replaced what had this name: the kernel is to ask again."""
+        pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent.node), pyfuse3.FileNameT(name), ignore_enoent=True)
 
     async def invalidate(self, node: int) -> None:
         """The kernel forgets the attributes of a file and what it has of its contents."""

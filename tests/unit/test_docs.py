@@ -34,7 +34,10 @@ FOREIGN = {
     "argparse", "madvise", "posix_fallocate", "ro", "noatime", "nosuid", "nodev", "noexec", "_netdev", "ruff", "mypy",
     "wait", "park", "_locked", "_bytes", "_pages", "_seconds", "_ns", *KERNEL_CACHE_MODES, *POLICY_NAMES,
 }  # fmt: skip
-AWAITS_OF = ("cachefs/cache/fill.py", "cachefs/writeback.py", "cachefs/files.py", "cachefs/source.py", "cachefs/descriptors.py")
+AWAITS_OF = (
+    "cachefs/cache/fill.py", "cachefs/writeback.py", "cachefs/files.py", "cachefs/source.py", "cachefs/conflicts.py",
+    "cachefs/watch.py", "cachefs/descriptors.py",
+)  # fmt: skip
 
 
 def text_of(document: str) -> str:
