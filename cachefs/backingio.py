@@ -96,7 +96,8 @@ class BackingIO:
         try:
             await self.in_thread("close", self.backing.close, fd)
         except OSError as error:
-            log.warning("closing a file of SOURCE: %s", error.strerror)
+            if not self.watchdog.lost:  # else no news
+                log.warning("closing a file of SOURCE: %s", error.strerror)
 
     def _probe(self) -> None:
         """Asks for something that nobody this side of the backing has in store; in a thread."""
