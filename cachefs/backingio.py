@@ -113,10 +113,11 @@ class BackingIO:
 
     def told(self, error: OSError) -> OSError:
         """The error as programs are to have it: the errnos of a backing that is gone would say that our mount is."""
-        if error.errno not in GONE:
+        if error.errno not in GONE and error.errno != errno.ETIMEDOUT:
             return error
         self.watchdog.doubt()
-        return Unreachable(errno.EIO, os.strerror(errno.EIO))
+        number = errno.EIO if error.errno in GONE else errno.ETIMEDOUT
+        return Unreachable(number, os.strerror(number))
 
     def read_now(self, fd: int, buffers: list[memoryview], offset: int) -> int:
         """What the backing has at hand; BlockingIOError where it would wait."""

@@ -29,6 +29,7 @@ class DataDescriptors:
         self.io = io
         self.descriptors = descriptors
         self.noticed: Callable[[Inode], None] = lambda inode: None  # told of files that somebody else has changed
+        self.unsynced: dict[Inode, None] = {}  # files far away that were written to since their last fsync, as far as known
         self.count = 0
 
     async def reader(self, inode: Inode) -> int:
@@ -73,7 +74,10 @@ class DataDescriptors:
         reader, writer = inode.reader, inode.writer
         inode.reader = inode.writer = -1
         try:
-            await (self.writer(inode) if writer >= 0 else self.reader(inode))
+            if writer >= 0:
+                await self.writer(inode)
+            else:
+                await self.reader(inode)
             inode.doubtful = False
         except OSError:
             return
@@ -165,6 +169,8 @@ class FileSource:
             return 0, problem
         finally:
             inode.busy -= 1
+        if io.backing.blocking:
+            self.data.unsynced[inode] = None
         if error is not None:
             self.data.doubt(inode, error)
             error = io.told(error)
