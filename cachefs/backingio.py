@@ -96,7 +96,8 @@ class BackingIO:
         try:
             await self.in_thread("close", self.backing.close, fd)
         except OSError as error:
-            log.warning("closing a file of SOURCE: %s", error.strerror)
+            if not self.watchdog.lost:  # else no news
+                log.warning("closing a file of SOURCE: %s", error.strerror)
 
     def _probe(self) -> None:
         """Asks for something that nobody this side of the backing has in store; in a thread."""
@@ -112,10 +113,11 @@ class BackingIO:
 
     def told(self, error: OSError) -> OSError:
         """The error as programs are to have it: the errnos of a backing that is gone would say that our mount is."""
-        if error.errno not in GONE:
+        if error.errno not in GONE and error.errno != errno.ETIMEDOUT:
             return error
         self.watchdog.doubt()
-        return Unreachable(errno.EIO, os.strerror(errno.EIO))
+        number = errno.EIO if error.errno in GONE else errno.ETIMEDOUT
+        return Unreachable(number, os.strerror(number))
 
     def read_now(self, fd: int, buffers: list[memoryview], offset: int) -> int:
         """What the backing has at hand; BlockingIOError where it would wait."""

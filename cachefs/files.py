@@ -361,7 +361,7 @@ class Files:
         if file is None or not data:
             return 0
         if not self.space.has_room(offset, len(data), file.size, not handle.uid):
-            data = data[: await self.space.admit(inode, offset, len(data), file.size, not handle.uid)]
+            data = data[: await self.io.ask(self.space.admit, inode, offset, len(data), file.size, not handle.uid)]
         if handle.uid and inode.st.st_mode & SET_ID:
             await self.io.ask(self.kill_set_id, inode, handle.gids)
         if offset + len(data) > EXTEND_AT_ONCE_BYTES and offset + len(data) > inode.st.st_size:
@@ -464,13 +464,14 @@ class Files:
             fd = inode.writer if inode.writer >= 0 else await self.data.reader(inode)
             inode.unsynced = False
             await self.io.in_thread("fsync", self.io.backing.fsync, fd, datasync)
-        except OSError as error:  # the backing tells each descriptor once, and all handles share ours
-            self.data.doubt(inode, error)
+        except BaseException as error:
             inode.unsynced = True
             if self.io.backing.blocking:
                 self.data.unsynced[inode] = None
-            inode.error_count += 1
-            inode.error_errno = error.errno or errno.EIO
+            if isinstance(error, OSError):  # the backing tells each descriptor once, and all handles share ours
+                self.data.doubt(inode, error)
+                inode.error_count += 1
+                inode.error_errno = error.errno or errno.EIO
             raise
         finally:
             inode.busy -= 1

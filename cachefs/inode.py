@@ -184,17 +184,19 @@ class InodeTable:
 
     def name(self, inode: Inode, parent: Inode, name: bytes) -> None:
         """Notes that `inode` was found as `name` in `parent`."""
-        if (parent, name) not in inode.names:
-            inode.names[parent, name] = None
+        key = (parent, name)
+        if key not in inode.names:
+            inode.names[key] = None
             parent.children += 1
-        self._by_name[parent, name] = inode
+        self._by_name[key] = inode
 
     def unname(self, inode: Inode, parent: Inode, name: bytes) -> None:
-        if (parent, name) in inode.names:
-            del inode.names[parent, name]
+        key = (parent, name)
+        if key in inode.names:
+            del inode.names[key]
             parent.children -= 1
-            if self._by_name.get((parent, name)) is inode:
-                del self._by_name[parent, name]
+            if self._by_name.get(key) is inode:
+                del self._by_name[key]
 
     def nothing_at(self, parent: Inode, name: bytes) -> None:
         """Notes that there is nothing of that name. An inode that had it may still be tried there, should this be wrong."""

@@ -79,7 +79,10 @@ class DataDescriptors:
         reader, writer = inode.reader, inode.writer
         inode.reader = inode.writer = -1
         try:
-            await (self.writer(inode) if writer >= 0 else self.reader(inode))
+            if writer >= 0:
+                await self.writer(inode)
+            else:
+                await self.reader(inode)
             inode.doubtful = False
         except OSError:
             return

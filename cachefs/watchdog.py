@@ -38,10 +38,10 @@ SYNC_TIMES = 10  # how much longer these may take while others are answered: nob
 SLOWEST_BYTES_PER_SECOND = 256 << 10  # what a link may need for a long write before that counts as no answer
 OVERDUE_MAX = 256  # overdue calls whose places others may take: so many more threads than there are places
 GONE = frozenset((
-    errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNRESET, errno.ECONNREFUSED, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.EHOSTDOWN,
+    errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNRESET, errno.ECONNREFUSED, errno.ESHUTDOWN, errno.EHOSTDOWN,
     errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET,
 ))  # fmt: skip
-GONE_SAYS_PROBE = GONE | {errno.EIO, errno.ESTALE}
+GONE_SAYS_PROBE = GONE | {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 
 
 class Unreachable(OSError):

@@ -107,6 +107,7 @@ def far_mount(*options: str, sshfs: tuple[str, ...] = ()) -> Iterator[FarMount]:
     if shutil.which("sshfs") is None or not any(map(os.path.exists, SFTP_SERVERS)):
         pytest.skip("sshfs or sftp-server is missing: bash scripts/setup.sh test")
     base = Path(tempfile.mkdtemp(prefix="cachefs-far-"))
+    base.chmod(0o755)
     mount: FarMount | None = None
     try:
         mount = FarMount(base, options, sshfs)
