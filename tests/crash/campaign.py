@@ -165,7 +165,7 @@ class Campaign:
         if complaints:
             shown = "\n  ".join(complaints[:20])
             options = " ".join(self.place.options)
-            raise Crashed(f"{self.summary()}\noptions: {options}\n  {shown}\nlog:\n{self.place.log_text()[-4000:]}")
+            raise Crashed(f"{self.summary()}\noptions: {options}\n  {shown}\nlog:\n{self.place.log_text()[-1500:]}")
 
     def _set_faults(self, none: bool = False) -> None:
         if self.faults is not None:

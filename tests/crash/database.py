@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 from contents import stamp
-from record import DONE, FAILED, INTENT, WRONG, Record
+from record import DONE, FAILED, INTENT, WRONG, Entry
 from writers import StopFlag, Writer
 
 ROWS, ROWS_A_TRANSACTION, ROW_BYTES_MAX = 151, 4, 6000
@@ -102,6 +102,24 @@ class SqliteWriter(Writer):
     def _check(self, directory: Path) -> list[str]:
         try:
             with closing(self._connect(directory)) as connection:
+                return self._look(connection)
+        except sqlite3.Error as error:
+            return [f"{self.name}: {error}"]
+
+    def check_after_cut(self, root: Path, moment_ns: int, entries: Iterable[Entry]) -> list[str]:
+        """Complaints about the database as a power cut at that moment left it: with FULL, all that was committed is in it."""
+        before = [entry for entry in entries if entry.time_ns < moment_ns]
+        self.committed = max((entry.detail for entry in before if entry.what == DONE), default=0)
+        asked = max((entry.detail for entry in before if entry.what == INTENT), default=0)
+        try:
+            with closing(self._connect(root / self.name)) as connection:
+                (counter,) = connection.execute("SELECT txn FROM counter").fetchone()
+                if not (self.committed if self.synchronous == "FULL" else 0) <= counter <= asked:
+                    return [f"{self.name}: the last transaction is {counter}, not between {self.committed} and {asked}"]
+                self.expected.clear()
+                self.committed = 0
+                for transaction in range(1, counter + 1):
+                    self._happened(transaction)
                 return self._look(connection)
         except sqlite3.Error as error:
             return [f"{self.name}: {error}"]

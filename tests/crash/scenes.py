@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +15,10 @@ from daemons import Place, Spawner
 from database import SqliteWriter
 from writers import FileWriter, Writer
 
+from cachefs.config import OPTIONS
+
 FILE_WRITERS = 4
+FAULTS_SAY = re.compile(r"cannot write to the backing: (EIO|ENOSPC|EDQUOT) ")
 SQLITE = (("wal", "FULL"), ("wal", "NORMAL"), ("delete", "FULL"))
 
 
@@ -36,7 +42,8 @@ def campaign(
     place = Place(base, spawner)
     found = False
     try:
-        yield Campaign(place, writers, seed, options=options, faults=Faults(base / "faults") if faults else None)
+        plan, ordinary = (Faults(base / "faults"), FAULTS_SAY) if faults else (None, None)
+        yield Campaign(place, writers, seed, options=options, ordinary=ordinary, faults=plan)
     except BaseException:
         found = True
         raise
@@ -49,3 +56,16 @@ def campaign(
         spawner.close()
         if not (found and keep):
             shutil.rmtree(base)
+
+
+def seed_of(what: str) -> int:
+    """The seed of a test: CACHEFS_CRASH_SEED if it is set, else one that is the same in each run. Printed, to be found again."""
+    asked = os.environ.get("CACHEFS_CRASH_SEED")
+    seed = int(asked) if asked else zlib.crc32(what.encode())
+    print(f"seed {seed} (CACHEFS_CRASH_SEED={seed} for the same choices again)")
+    return seed
+
+
+def durability(mode: str) -> list[str]:
+    """The option that asks for it, where there is one."""
+    return ["--durability", mode] if any(option.name == "durability" for option in OPTIONS) else []
