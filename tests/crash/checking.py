@@ -99,7 +99,8 @@ def _file_differences(tree: Tree, path: str, file: File, seen: Seen, pending: Op
     if len(contents) != status.st_size:
         complaints.append(f"{path!r} says {status.st_size} bytes and gives {len(contents)}")
     if contents != file.data and not (pending is not None and under_way and _settle_write(tree, file, contents, pending)):
-        complaints.append(f"{path!r} (file {file.number}): {explain_difference(file.data, contents)}")
+        meanwhile = f" ({pending} was under way)" if under_way else ""
+        complaints.append(f"{path!r} (file {file.number}): {explain_difference(file.data, contents)}{meanwhile}")
     return complaints
 
 

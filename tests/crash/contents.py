@@ -39,16 +39,17 @@ def describe(data: bytes, offset: int) -> str:
 
 
 def explain_difference(expected: bytes | bytearray, seen: bytes) -> str:
-    """Where two contents differ first, how much of them does, and what is there instead."""
+    """Where two contents differ, and what is there instead."""
     common = min(len(expected), len(seen))
     unequal = np.flatnonzero(np.frombuffer(expected, "u1", common) != np.frombuffer(seen, "u1", common))
     size = "" if len(seen) == len(expected) else f"{len(seen)} bytes long instead of {len(expected)}; "
     if not len(unequal):
         return size + "what both have is the same"
-    at, pages = int(unequal[0]), sorted({int(index) >> 12 for index in unequal})
-    shown = ", ".join(map(str, pages[:8])) + (" ..." if len(pages) > 8 else "")
-    right, wrong = bytes(expected[at : at + 4096]), seen[at : at + 4096]
-    return (
-        f"{size}{len(unequal)} bytes in pages {shown} differ, the first at {at}: "
-        f"{describe(wrong, at)}, instead of {describe(right, at)}"
-    )
+    pages = sorted({int(index) >> 12 for index in unequal})
+    lines = []
+    for page in pages[:6]:
+        mine = unequal[unequal >> 12 == page]
+        at, stop = int(mine[0]), int(mine[-1]) + 1
+        right, wrong = bytes(expected[at:stop]), seen[at:stop]
+        lines.append(f"page {page}, [{at}, {stop}): {describe(wrong, at)}, instead of {describe(right, at)}")
+    return f"{size}differs in {len(pages)} pages: " + "; ".join(lines)

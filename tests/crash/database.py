@@ -15,7 +15,8 @@ from writers import StopFlag, Writer
 
 ROWS, ROWS_A_TRANSACTION, ROW_BYTES_MAX = 151, 4, 6000
 CHECKPOINT_PAGES = 60  # often, so that kills fall into checkpoints too
-DEAD_WORDS = ("disk I/O error", "unable to open database file")  # what SQLite says of a mount that is gone
+# What SQLite says of a mount that is gone; the last because it cannot see the file under its name any more.
+DEAD_WORDS = ("disk I/O error", "unable to open database file", "attempt to write a readonly database")
 Row = tuple[int, bytes]
 
 
