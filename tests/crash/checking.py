@@ -15,6 +15,7 @@ from contents import explain_difference, stamp
 from tree import File, Operation, Tree, grow
 
 PAGE = 4096
+REQUEST_BYTES_LEAST = (1 << 20) - PAGE  # of a request of the kernel that is not the last one of its write
 
 
 @dataclass(slots=True)
@@ -105,20 +106,28 @@ def _file_differences(tree: Tree, path: str, file: File, seen: Seen, pending: Op
 
 
 def _settle_write(tree: Tree, file: File, contents: bytes, pending: Operation) -> bool:
-    """Whether the contents are explained by a write that was done as far as some of its pages; if so, the tree gets them."""
+    """Whether the contents are explained by a write that was done as far as some of its pages; if so, the tree gets them.
+
+    The kernel cuts a long write into requests, wherever the pages of the program's buffer end: one page may be torn there.
+    """
     _, number, offset, length, operation = pending
-    end, old = offset + length, file.data
-    sizes = {len(old), end} | set(range((offset // PAGE + 1) * PAGE, end, PAGE))
-    if len(contents) < len(old) or len(contents) > max(len(old), end) or len(contents) not in sizes:
-        return False
+    end, old, torn_most = offset + length, file.data, length // REQUEST_BYTES_LEAST
     before, done = bytearray(old), bytearray(old)
     grow(before, len(contents))
     grow(done, max(offset, len(contents)))
     done[offset:end] = stamp(tree.writer, number, operation, offset, length)
+    if not len(old) <= len(contents) <= max(len(old), end):
+        return False
+    torn = len(contents) not in (len(old), end) and (len(contents) % PAGE != 0 or len(contents) <= offset)
     for start in range(0, len(contents), PAGE):
         page = contents[start : min(start + PAGE, len(contents))]
+        mine, theirs = done[start : start + len(page)], before[start : start + len(page)]
         inside = start + PAGE > offset and start < end
-        if page != before[start : start + len(page)] and not (inside and page == done[start : start + len(page)]):
-            return False
+        if page != theirs and not (inside and page == mine):
+            torn += 1
+            if not inside or not any(page == mine[:at] + theirs[at:] for at in range(len(page))):
+                return False
+    if torn > torn_most:
+        return False
     file.data, file.mtime_ns = bytearray(contents), None
     return True

@@ -195,6 +195,19 @@ def test_half_a_page_of_a_write_under_way_is_found(scene: Scene) -> None:
     assert scene.complaints(("write", number, 0, PAGE, 5_000_000)) != []
 
 
+@pytest.mark.parametrize(("done", "excused"), [((1 << 20) - 100, True), (5000, True), ((1 << 20) + 1_000_000, False)])
+def test_a_long_write_under_way_may_be_cut_between_two_requests_once(scene: Scene, done: int, excused: bool) -> None:
+    """Of [100, 3 MiB) `done` bytes arrived; where that is no excuse, there is a second cut of which nobody knows."""
+    path, number = scene.largest()
+    length = 3 << 20
+    data = stamp(1, number, 5_000_000, 100, length)
+    scene.change(path, 100, data[:done])
+    if not excused:
+        for start in (5_000, 100_000, 200_000):
+            scene.change(path, start, bytes(50))
+    assert (scene.complaints(("write", number, 100, length, 5_000_000)) == []) == excused
+
+
 def test_a_write_under_way_excuses_no_other_page(scene: Scene) -> None:
     path, number = scene.largest()
     scene.change(path, PAGE, bytes(PAGE))
