@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from writers import StopFlag, Writer
 WORK_SECONDS = 0.12  # mean time from mount to kill; exponential, so that some kills come at once and some late
 WORK_MOST_SECONDS = 0.6
 KILLED_AT_START, KILLED_AT_END, CLEAN = 0.15, 0.12, 0.08  # shares of the rounds
+# After a signal, while writers are at work; and see `Campaign._look_aside`.
+ORDINARY = re.compile("is in use .*: taken away under its users|another one has its place; what was not written is in")
 STOP_WAYS = ("umount", "signal", "fusermount")
 TUNINGS: Sequence[Sequence[str]] = (
     ("--cache-size", "16M"),
@@ -41,7 +44,7 @@ class Campaign:
         seed: int,
         *,
         options: Sequence[str] = (),
-        ordinary: re.Pattern[str] | None = None,
+        ordinary: re.Pattern[str] = ORDINARY,
         faults: Faults | None = None,
     ) -> None:
         self.place, self.writers = place, writers
@@ -101,8 +104,8 @@ class Campaign:
         self._choose_options()
         self._set_faults(none=True)
         self.place.start()
+        self._look_aside()
         self._check(self.place.path, "the mount", mounted=True)
-        self._complain([f"recovery found no place for {path}" for path in self.place.recovered()])
         self._complain([f"the log says: {line}" for line in self.place.bad_lines(self.ordinary)])
 
     def _choose_options(self) -> None:
@@ -152,7 +155,7 @@ class Campaign:
         self.place.unmount()
         self.done["unmounted"] += 1
         self._check(self.place.source, "SOURCE", mounted=False)
-        self._complain([f"recovery found no place for {path}" for path in self.place.recovered()])
+        self._complain([f"the log says: {line}" for line in self.place.bad_lines(self.ordinary)])
 
     # --- finding -------------------------------------------------------------------------------------------------------
 
@@ -160,6 +163,15 @@ class Campaign:
         begun = time.monotonic()
         self._complain([f"{where}: {line}" for writer in self.writers for line in writer.check(root, mounted)])
         self.done["milliseconds of checks"] += round(1000 * (time.monotonic() - begun))
+
+    def _look_aside(self) -> None:
+        """Recovery may have put aside what an operation under way was removing, and nothing else."""
+        going = {path for writer in self.writers for path in writer.victims()}
+        for aside in self.place.recovered():
+            if not aside.paths & going:
+                self._complain([f"recovery found no place for {aside.note}; under way was the end of {going or 'nothing'}"])
+            shutil.rmtree(aside.directory)
+            self.done["put aside"] += 1
 
     def _complain(self, complaints: Sequence[str]) -> None:
         if complaints:

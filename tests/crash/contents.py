@@ -10,6 +10,7 @@ import numpy as np
 CELL = np.dtype([("writer", "u1"), ("mark", "u1"), ("file", "<u2"), ("operation", "<u4"), ("offset", "<u8")])
 CELL_BYTES = CELL.itemsize
 MARK = 0xC5
+PAGE = 4096
 
 
 def stamp(writer: int, file: int, operation: int, offset: int, length: int) -> bytes:
@@ -26,6 +27,8 @@ def describe(data: bytes, offset: int) -> str:
     """In words, what the bytes at `offset` are: the first whole cell of up to a page decides."""
     skip = -offset % CELL_BYTES
     whole = data[skip : skip + (len(data) - skip) // CELL_BYTES * CELL_BYTES] if len(data) >= skip + CELL_BYTES else b""
+    if not data:
+        return "nothing"
     if not data.strip(b"\0"):
         return "zeros"
     if not whole:
@@ -39,17 +42,15 @@ def describe(data: bytes, offset: int) -> str:
 
 
 def explain_difference(expected: bytes | bytearray, seen: bytes) -> str:
-    """Where two contents differ, and what is there instead."""
-    common = min(len(expected), len(seen))
-    unequal = np.flatnonzero(np.frombuffer(expected, "u1", common) != np.frombuffer(seen, "u1", common))
+    """Where two contents differ, page by page, and what is there instead."""
     size = "" if len(seen) == len(expected) else f"{len(seen)} bytes long instead of {len(expected)}; "
-    if not len(unequal):
-        return size + "what both have is the same"
-    pages = sorted({int(index) >> 12 for index in unequal})
-    lines = []
-    for page in pages[:6]:
-        mine = unequal[unequal >> 12 == page]
-        at, stop = int(mine[0]), int(mine[-1]) + 1
-        right, wrong = bytes(expected[at:stop]), seen[at:stop]
-        lines.append(f"page {page}, [{at}, {stop}): {describe(wrong, at)}, instead of {describe(right, at)}")
-    return f"{size}differs in {len(pages)} pages: " + "; ".join(lines)
+    wrong = [at for at in range(0, len(seen), PAGE) if seen[at : at + PAGE] != expected[at : at + len(seen[at : at + PAGE])]]
+    lines: list[str] = []
+    for at in wrong:
+        mine, theirs = expected[at : at + PAGE], seen[at : at + PAGE]
+        first = next((i for i in range(min(len(mine), len(theirs))) if mine[i] != theirs[i]), len(mine))
+        what = f"{describe(theirs[first:], at + first)}, instead of {describe(bytes(mine[first:]), at + first)}"
+        if not lines or lines[-1].partition(": ")[2] != what:
+            lines.append(f"from {at + first} on: {what}")
+    more = f" and {len(lines) - 6} more" if len(lines) > 6 else ""
+    return f"{size}{len(wrong)} pages differ: " + "; ".join(lines[:6]) + more

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from cachefs import mountinfo
 
@@ -26,6 +27,19 @@ PLAIN_ENVIRONMENT = {name: value for name, value in os.environ.items() if not na
 
 class Crashed(AssertionError):
     """The daemon did what no kill of ours explains."""
+
+
+class Aside(NamedTuple):
+    """Pages of a file that recovery put aside."""
+
+    directory: Path
+    note: Mapping[str, Any]
+    data: bytes
+
+    @property
+    def paths(self) -> set[str]:
+        """What the file was called, relative to SOURCE."""
+        return {str(self.note["path"]), *map(str, self.note["other_paths"])}
 
 
 class Spawner:
@@ -197,17 +211,16 @@ class Place:
     def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def bad_lines(self, expected: re.Pattern[str] | None = None) -> list[str]:
+    def bad_lines(self, ordinary: re.Pattern[str] | None = None) -> list[str]:
         """Lines of the log, since the last look, that speak of trouble."""
         with contextlib.suppress(FileNotFoundError), self.log.open("rb") as log:
             log.seek(self._log_seen)
             new = log.read()
             self._log_seen += len(new)
-            return [line for line in new.decode(errors="replace").splitlines() if BAD.search(line) and not (expected and expected.search(line))]
+            return [line for line in new.decode(errors="replace").splitlines() if BAD.search(line) and not (ordinary and ordinary.search(line))]
         return []
 
-    def recovered(self) -> list[Path]:
+    def recovered(self) -> list[Aside]:
         """What recovery found no place for."""
-        return sorted(path for path in self.state.glob("*/recovered/**/*") if path.is_file())
-
-
+        notes = sorted(self.state.glob("*/recovered/*/note.json"))
+        return [Aside(note.parent, json.loads(note.read_text()), (note.parent / "data").read_bytes()) for note in notes]

@@ -93,6 +93,9 @@ class SqliteWriter(Writer):
         for key, value in rows_of(self.number, transaction):
             self.expected[key] = (transaction, value)
 
+    def victims(self) -> set[str]:
+        return {f"{self.name}/db{suffix}" for suffix in ("-journal", "-wal", "-shm")}
+
     def check(self, root: Path, mounted: bool) -> list[str]:
         if mounted:
             return self._check(root / self.name)

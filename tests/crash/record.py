@@ -10,11 +10,13 @@ import marshal
 import os
 import struct
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 INTENT, DONE, FAILED, WRONG = "intent", "done", "failed", "wrong"
+LAST_ENTRIES = 60  # kept for a failure's report
 _LENGTH = struct.Struct("<I")
 
 
@@ -32,6 +34,7 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._read_until = 0
+        self._last: deque[Entry] = deque(maxlen=LAST_ENTRIES)
 
     def append(self, what: str, detail: object) -> None:
         body = marshal.dumps((what, time.monotonic_ns(), detail))
@@ -45,8 +48,14 @@ class Record:
         while at < len(data):
             (length,) = _LENGTH.unpack_from(data, at)
             at += _LENGTH.size
-            yield Entry(*marshal.loads(data[at : at + length]))
+            entry = Entry(*marshal.loads(data[at : at + length]))
+            self._last.append(entry)
+            yield entry
             at += length
+
+    def last(self, count: int) -> list[Entry]:
+        """The last entries that were read: for people."""
+        return list(self._last)[-count:]
 
     def close(self) -> None:
         os.close(self.fd)

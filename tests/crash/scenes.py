@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from campaign import Campaign, Faults
+from campaign import ORDINARY, Campaign, Faults
 from daemons import Place, Spawner
 from database import SqliteWriter
 from writers import FileWriter, Writer
@@ -18,7 +18,7 @@ from writers import FileWriter, Writer
 from cachefs.config import OPTIONS
 
 FILE_WRITERS = 4
-FAULTS_SAY = re.compile(r"cannot write to the backing: (EIO|ENOSPC|EDQUOT) ")
+FAULTS_SAY = re.compile(rf"{ORDINARY.pattern}|cannot write to the backing: (EIO|ENOSPC|EDQUOT) ")
 SQLITE = (("wal", "FULL"), ("wal", "NORMAL"), ("delete", "FULL"))
 
 
@@ -42,7 +42,7 @@ def campaign(
     place = Place(base, spawner)
     found = False
     try:
-        plan, ordinary = (Faults(base / "faults"), FAULTS_SAY) if faults else (None, None)
+        plan, ordinary = (Faults(base / "faults"), FAULTS_SAY) if faults else (None, ORDINARY)
         yield Campaign(place, writers, seed, options=options, ordinary=ordinary, faults=plan)
     except BaseException:
         found = True

@@ -84,7 +84,7 @@ class Laptop:
                 place.remove()
 
     def _look(self, place: Place, root: Path, moment_ns: int) -> list[str]:
-        recovered = [path.read_bytes() for path in place.recovered()]
+        recovered = [aside.data for aside in place.recovered()]
         complaints = []
         for writer in self.files:
             past = Past(writer.tree.writer, self.entries[writer.name], moment_ns, names_follow="journal" not in self.options)

@@ -98,14 +98,15 @@ class Workload:
         return self.operation
 
     def _write(self, file: File, offset: int, length: int) -> None:
-        """A write of stamped bytes; one that comes back short is followed by one of the rest."""
-        fd = self._handle(file)
+        """A write of stamped bytes. One that comes back short is followed by one of the rest, which may be on its way already:
+        so it has the same bytes.
+        """
+        fd, number = self._handle(file), self._number()
         while length > 0:
-            done = self._write_once(file, offset, length, lambda data: os.pwrite(fd, data, offset))  # noqa: B023
+            done = self._write_once(file, offset, length, number, lambda data: os.pwrite(fd, data, offset))  # noqa: B023
             offset, length = offset + done, length - done
 
-    def _write_once(self, file: File, offset: int, length: int, call: Callable[[bytes], int]) -> int:
-        number = self._number()
+    def _write_once(self, file: File, offset: int, length: int, number: int, call: Callable[[bytes], int]) -> int:
         data = stamp(self.tree.writer, file.number, number, offset, length)
         return self.do(("write", file.number, offset, length, number), lambda: call(data)) or 0
 
@@ -186,8 +187,9 @@ class Workload:
         # Tried again after an error, a write through O_APPEND would begin at an end that nobody knows.
         if self.patient or not self._has_name(file) or self.random.random() < 0.5:
             return self._write(file, len(file.data), self._size())
-        fd = self._open(file, os.O_WRONLY | os.O_APPEND)
-        self._write_once(file, len(file.data), self._size(), lambda data: os.write(fd, data))
+        fd, number, length = self._open(file, os.O_WRONLY | os.O_APPEND), self._number(), self._size()
+        while length > 0:
+            length -= self._write_once(file, len(file.data), length, number, lambda data: os.write(fd, data))
         _close(fd)
 
     def overwrite(self) -> None:

@@ -54,6 +54,10 @@ class Writer:
         """Complaints about what is in `root`, a mountpoint or the directory behind it."""
         raise NotImplementedError
 
+    def victims(self) -> set[str]:
+        """Paths in the mount whose files an operation under way may have removed."""
+        raise NotImplementedError
+
     def start(self, mountpoint: Path, seed: int, stop: StopFlag) -> None:
         self._child = os.fork()
         if self._child == 0:
@@ -139,7 +143,14 @@ class FileWriter(Writer):
         self.acknowledged += self.tree.applied - before
         return complaints + more
 
+    def victims(self) -> set[str]:
+        if self.pending is None or self.pending[0] not in ("unlink", "rename"):
+            return set()
+        return {f"{self.name}/{self.pending[-1]}"}
+
     def check(self, root: Path, mounted: bool) -> list[str]:
         complaints, self.tree = check(self.tree, self.pending, root / self.name)
         self.pending = None
+        if complaints:
+            complaints.append(f"{self.name}, the last entries: {[(what, detail) for what, _, detail in self.record.last(24)]}")
         return complaints
