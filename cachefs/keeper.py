@@ -12,7 +12,7 @@ from dataclasses import replace
 import trio
 
 from backing.base import Backing
-from cachefs.cache.page import GROUP_SHIFT, PAGE_SHIFT, PAGE_SIZE, pieces
+from cachefs.cache.page import GROUP_PAGES, GROUP_SHIFT, IN_GROUP, PAGE_SHIFT, PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
 from cachefs.inode import Inode, InodeTable
 from cachefs.journal.journal import Journal, JournalFile
@@ -29,6 +29,7 @@ class Keeper:
 
     def __init__(self, cache: PageCache, table: InodeTable, backing: Backing) -> None:
         self.cache = cache
+        self._memory = cache.arena.view
         self.table = table
         self.backing = backing
         self.journal: Journal | None = None
@@ -58,10 +59,12 @@ class Keeper:
             kept = inode.journaled or self._add(journal, inode)
             kept.record.size = file.size
             kept.record.mtime_ns = inode.mtime_ns
-            for index, first, last in pieces(offset, offset + nbytes):
-                start = file.groups[index].base + (first << PAGE_SHIFT)
-                view = self.cache.arena.view[start : start + ((last - first + 1) << PAGE_SHIFT)]
-                journal.put(kept, index << GROUP_SHIFT | first, view)
+            page, stop = offset >> PAGE_SHIFT, (offset + nbytes + PAGE_SIZE - 1) >> PAGE_SHIFT
+            while page < stop:
+                count = min(stop - page, GROUP_PAGES - (page & IN_GROUP))
+                start = file.groups[page >> GROUP_SHIFT].base + ((page & IN_GROUP) << PAGE_SHIFT)
+                journal.put(kept, page, self._memory[start : start + (count << PAGE_SHIFT)])
+                page += count
         except (OSError, JournalFull) as error:
             self.written_through += 1
             self._say_failing(error)

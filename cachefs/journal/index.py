@@ -37,6 +37,7 @@ class Index:
                 path, map_size=map_bytes, subdir=False, lock=False, max_dbs=3, mode=0o600,
                 writemap=not durable, sync=durable, metasync=durable,
             )  # fmt: skip
+            self._begin = self.env.begin  # (db, parent, write)
             self._reserved_bytes = 0
             self._in_row = 0
             self._fd = -1 if durable else os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -46,23 +47,42 @@ class Index:
             self.files = self.env.open_db(b"files")
             self.pages = self.env.open_db(b"pages")
 
-    def commit(self, puts: Iterable[Row] = (), appends: Iterable[Row] = (), deletes: Iterable[Key] = ()) -> None:
-        """One transaction: all of it, or nothing. `appends` have keys beyond all others of their table."""
+    def append_one(self, key: bytes, value: bytes) -> None:
+        """Adds one row of pages, the hot path: its key is beyond all others."""
+        self._in_row += 1
+        if self._in_row >= CHECK_TRANSACTIONS:
+            self._reserve()
+        try:
+            with self._begin(None, None, True) as transaction:
+                transaction.put(key, value, True, True, True, self.pages)  # (dupdata, overwrite, append)
+        except lmdb.Error as error:
+            raise _as_ours(error) from None
+
+    def append(self, pages: Iterable[Row], files: Iterable[Row] = ()) -> None:
+        """Adds rows of pages, with keys beyond all others, and of files."""
         self._in_row += 1
         if self._in_row >= CHECK_TRANSACTIONS:
             self._reserve()
         try:
             with self.env.begin(write=True) as transaction:
-                for table, key, value in appends:
-                    transaction.put(key, value, db=table, append=True)
+                for table, key, value in pages:
+                    transaction.put(key, value, True, True, True, table)  # (dupdata, overwrite, append)
+                for table, key, value in files:
+                    transaction.put(key, value, db=table)
+        except lmdb.Error as error:
+            raise _as_ours(error) from None
+
+    def commit(self, puts: Iterable[Row] = (), deletes: Iterable[Key] = ()) -> None:
+        """One transaction: all of it, or nothing."""
+        self._reserve()
+        try:
+            with self.env.begin(write=True) as transaction:
                 for table, key, value in puts:
                     transaction.put(key, value, db=table)
                 for table, key in deletes:
                     transaction.delete(key, db=table)
-        except lmdb.MapFullError:
-            raise JournalFull from None
         except lmdb.Error as error:
-            raise OSError(errno.EIO, f"the journal's index: {error}") from None
+            raise _as_ours(error) from None
 
     def _reserve(self) -> None:
         """Has the disk set room aside: a store into a mapped page that the disk cannot hold would kill the process."""
@@ -80,6 +100,12 @@ class Index:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _as_ours(error: lmdb.Error) -> Exception:
+    if isinstance(error, lmdb.MapFullError):
+        return JournalFull()
+    return OSError(errno.EIO, f"the journal's index: {error}")
 
 
 @contextmanager

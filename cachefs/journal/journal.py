@@ -7,9 +7,11 @@ use are bounded by what is unwritten, and a journal that is read anew gives exac
 """
 
 import contextlib
+import errno
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from os import pwrite
 
 from cachefs.cache.page import FIRST, PAGE_SHIFT, PAGE_SIZE
 from cachefs.journal.index import VERSION, Index, Key, Row
@@ -18,6 +20,7 @@ from cachefs.journal.slots import JournalFull, Run, SlotFile, SlotMap
 
 INDEX_FILE, DATA_FILE, SYNCED_FILE = "index.mdb", "data", "synced.mdb"
 DEAD_MOST = 64  # entries of a file that the index may name although they are superseded: to delete many at a time is cheap
+ONE_LIVE = (1).to_bytes(32, "little")
 key_of = struct.Struct(">Q").pack
 
 
@@ -89,30 +92,52 @@ class Journal:
         return JournalFile(record)
 
     def put(self, file: JournalFile, page: int, data: memoryview) -> None:
-        """Writes down pages from `page` on, whole ones, 256 at most, and the file's record. They survive us from then on."""
+        """Writes down whole pages from `page` on, 256 at most, with the file's size and time. They survive us from then on."""
         if len(file.dead) >= DEAD_MOST:
             self._delete(self._dead_rows(file))
             file.dead.clear()
+        if len(data) == PAGE_SIZE and file.cover:
+            self._put_one(file, page, data)
+            return
         runs = self.slots.take(len(data) >> PAGE_SHIFT)
         try:
             self.data.write(runs, data)
             entries = self._entries(page, runs, data)
-            file.record.seq = self.seq
-            self.index.commit(self._file_row(file), [self._row(file, entry) for entry in entries])
+            rows = [self._row(file, entry) for entry in entries]
+            self.index.append(rows, () if file.cover else self._file_row(file))
         except BaseException:
             for run in runs:
                 self.slots.give(run)
             raise
+        self.files[file.record.file] = file
         for entry in entries:
             self._supersede(file, entry)
-        self.files[file.record.file] = file
+
+    def _put_one(self, file: JournalFile, page: int, data: memoryview) -> None:
+        """`put` of one page of a file that is known: most writes, so without a call that can be spared."""
+        slots, record, cover = self.slots, file.record, file.cover
+        slot = slots.take_one()
+        try:
+            if pwrite(self.data.fd, data, slot << PAGE_SHIFT) != PAGE_SIZE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            digest = checksum(data)
+            self.seq = seq = self.seq + 1
+            row = pack_pages(seq, record.file, page, slot, 1, digest, record.size, record.mtime_ns, ONE_LIVE)
+            self.index.append_one(key_of(seq), row)
+        except BaseException:
+            slots.give_one(slot)
+            raise
+        old = cover.get(page)
+        cover[page] = Entry(seq, page, (slot, 1), digest)
+        if old is not None:
+            self._lose(file, old, page)
 
     def _entries(self, page: int, runs: list[Run], data: memoryview) -> list[Entry]:
         entries = []
         at = 0
         for run in runs:
-            self.seq += 1
             stop = at + (run[1] << PAGE_SHIFT)
+            self.seq += 1
             entries.append(Entry(self.seq, page + (at >> PAGE_SHIFT), run, checksum(data[at:stop])))
             at = stop
         return entries
@@ -142,13 +167,20 @@ class Journal:
 
         A newer entry has, and says so by its number; once that one goes, `remove` has to bring the rows of older ones up to date.
         """
-        entry.live &= ~(1 << (page - entry.page))
-        if entry.live:
-            file.stale.add(entry)
-            return
-        file.stale.discard(entry)
+        slot, count = entry.run
+        if count > 1:
+            entry.live &= ~(1 << (page - entry.page))
+            if entry.live:
+                file.stale.add(entry)
+                return
+            file.stale.discard(entry)
+        entry.live = 0
         file.dead.append(entry)
-        if not entry.synced:
+        if entry.synced:
+            return
+        if count == 1:
+            self.slots.give_one(slot)
+        else:
             self.slots.give(entry.run)
 
     def _delete(self, rows: list[Key], puts: Iterable[Row] = ()) -> None:
@@ -180,9 +212,11 @@ class Journal:
         With `keep` its record stays until a `remove` without.
         """
         cover = file.cover
-        gone = [page for page in pages if (entry := cover.get(page)) is not None and entry.seq <= last_seq]
-        for page in gone:
-            self._lose(file, cover.pop(page), page)
+        for page in pages:
+            entry = cover.get(page)
+            if entry is not None and entry.seq <= last_seq:
+                del cover[page]
+                self._lose(file, entry, page)
         rows = self._dead_rows(file)
         file.dead.clear()
         if cover or keep:
@@ -216,8 +250,11 @@ class Journal:
         return [*(self._row(file, entry) for entry in live), *self._file_row(file)]
 
     def _row(self, file: JournalFile, entry: Entry) -> Row:
-        slot, count = entry.run
-        packed = pack_pages(entry.seq, file.record.file, entry.page, slot, count, entry.checksum, entry.live)
+        (slot, count), record = entry.run, file.record
+        live = entry.live.to_bytes(32, "little")
+        packed = pack_pages(
+            entry.seq, record.file, entry.page, slot, count, entry.checksum, record.size, record.mtime_ns, live
+        )
         return self.index.pages, key_of(entry.seq), packed
 
     # --- the end -----------------------------------------------------------------------------------------------------

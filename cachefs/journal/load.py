@@ -37,6 +37,12 @@ class Found:
         except ValueError:
             return VERSION
 
+    def followed(self) -> "Found":
+        """The same, the files with the sizes and times of their latest records."""
+        for number, record in self.files.items():
+            record.follow(self.pages.get(number, []))
+        return self
+
     def add(self, record: FileRecord | PagesRecord) -> None:
         if isinstance(record, PagesRecord):
             self.pages.setdefault(record.file, []).append(record)
@@ -92,7 +98,7 @@ def read(env: lmdb.Environment) -> Found:
                     found.meta[key] = value
                 else:
                     _take(found, take, value)
-    return found
+    return found.followed()
 
 
 def _take(found: Found, unpack: object, value: bytes) -> None:
@@ -115,4 +121,4 @@ def salvage(path: str, reason: str) -> Found:
         elif record.seq not in seen:  # LMDB keeps copies
             seen.add(record.seq)
             found.add(record)
-    return found
+    return found.followed()

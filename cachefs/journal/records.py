@@ -5,13 +5,13 @@ searched for records without being understood. Numbers are little-endian, paths 
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import xxhash
 
 FILE_MARK, PAGES_MARK = b"cfF1", b"cfP1"
-_PAGES = struct.Struct("<4sQQQQIQ32s")
+_PAGES = struct.Struct("<4sQQQQIQQq32s")
 _FILE = struct.Struct("<4sQQQQQqqQqBBH")
 _CHECKSUM = struct.Struct("<Q")
 _LENGTH = struct.Struct("<H")
@@ -35,6 +35,8 @@ class PagesRecord:
     slot: int
     count: int
     checksum: int  # of the bytes in the slots
+    size: int  # of the file when they were written, as programs see it
+    mtime_ns: int
     live: int  # bit i: page + i counts; the others have been written back since, or cut off
 
     @property
@@ -43,14 +45,17 @@ class PagesRecord:
         return [self.page + i for i in range(self.count) if self.live >> i & 1]
 
     def pack(self) -> bytes:
-        return pack_pages(self.seq, self.file, self.page, self.slot, self.count, self.checksum, self.live)
+        live = self.live.to_bytes(32, "little")
+        return pack_pages(
+            self.seq, self.file, self.page, self.slot, self.count, self.checksum, self.size, self.mtime_ns, live
+        )
 
 
 @dataclass(slots=True)
 class FileRecord:
     """What is known of a file with pages in the journal: which one it is, where it was, and how it looks to programs.
 
-    Changes with each write, so it is packed from a `tail()` made before.
+    Size and mtime are those of the latest record: each `PagesRecord` has them too, so that a write needs but one record.
     """
 
     file: int
@@ -64,6 +69,12 @@ class FileRecord:
     handle: bytes  # name for open_by_handle_at, empty where the backing gives none
     paths: tuple[bytes, ...]
 
+    def follow(self, pages: Iterable["PagesRecord"]) -> None:
+        """Takes size and mtime from the latest record, if that is one of `pages`."""
+        latest = max(pages, key=lambda found: found.seq, default=None)
+        if latest is not None and latest.seq > self.seq:
+            self.seq, self.size, self.mtime_ns = latest.seq, latest.size, latest.mtime_ns
+
     def pack(self) -> bytes:
         return pack_file(self, self.tail())
 
@@ -75,9 +86,11 @@ class FileRecord:
         return b"".join(parts)
 
 
-def pack_pages(seq: int, file: int, page: int, slot: int, count: int, data_checksum: int, live: int) -> bytes:
+def pack_pages(
+    seq: int, file: int, page: int, slot: int, count: int, data_checksum: int, size: int, mtime_ns: int, live: bytes
+) -> bytes:
     """A `PagesRecord` as bytes."""
-    head = _PAGES.pack(PAGES_MARK, seq, file, page, slot, count, data_checksum, live.to_bytes(32, "little"))
+    head = _PAGES.pack(PAGES_MARK, seq, file, page, slot, count, data_checksum, size, mtime_ns, live)
     return head + _CHECKSUM.pack(checksum(head))
 
 
@@ -87,8 +100,8 @@ def unpack_pages(data: bytes) -> PagesRecord:
         raise BadRecord("no record of pages")
     if checksum(data[: _PAGES.size]) != _CHECKSUM.unpack_from(data, _PAGES.size)[0]:
         raise BadRecord("a damaged record of pages")
-    _, seq, file, page, slot, count, data_checksum, live = _PAGES.unpack_from(data)
-    return PagesRecord(seq, file, page, slot, count, data_checksum, int.from_bytes(live, "little"))
+    _, seq, file, page, slot, count, data_checksum, size, mtime_ns, live = _PAGES.unpack_from(data)
+    return PagesRecord(seq, file, page, slot, count, data_checksum, size, mtime_ns, int.from_bytes(live, "little"))
 
 
 def pack_file(record: FileRecord, tail: bytes) -> bytes:
