@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,15 @@ ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 60.0
 BAD = re.compile(r"WARNING|ERROR|CRITICAL|Traceback|Exception|Error:|cachefs: ")
 PLAIN_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("CACHEFS_", "XDG_", "NOTIFY_"))}
+
+
+def wait_until(true: Callable[[], object], what: str) -> None:
+    """Looks again and again; raises Crashed when the time is over."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not true():
+        if time.monotonic() > deadline:
+            raise Crashed(f"{what}: not within {DEADLINE_SECONDS:g} s")
+        time.sleep(0.005)
 
 
 class Crashed(AssertionError):
@@ -119,6 +128,7 @@ class Place:
         """Starts the daemon, and does not wait for it."""
         address = self.base / "notify"
         address.unlink(missing_ok=True)
+        self._deafen()
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._notify.bind(str(address))
         words = ["mount", str(self.source), str(self.path), "--foreground", "--metrics", "off", "--state-dir", str(self.state)]
@@ -139,13 +149,17 @@ class Place:
         while time.monotonic() < deadline:
             if select.select([self._notify], [], [], 0.1)[0]:
                 if b"READY=1" in self._notify.recv(4096):
-                    self._notify.close()
-                    self._notify = None
+                    self._deafen()
                     assert self.record()["pid"] == self.pid
                     return
             elif self.spawner.ended(self.pid):
                 raise Crashed(f"cachefs mount ended with {self.spawner.wait(self.pid)}:\n{self.log_text()}")
         raise Crashed(f"no READY=1 within {DEADLINE_SECONDS:g} s:\n{self.log_text()}")
+
+    def _deafen(self) -> None:
+        if self._notify is not None:
+            self._notify.close()
+            self._notify = None
 
     def record(self) -> Mapping[str, object]:
         """What the state directory says of the daemon."""
@@ -203,8 +217,7 @@ class Place:
         for mount in mountinfo.mounts():
             if mount.mountpoint == str(self.path):
                 subprocess.run(["fusermount3", "-uz", str(self.path)], check=False, timeout=DEADLINE_SECONDS)
-        if self._notify is not None:
-            self._notify.close()
+        self._deafen()
 
     # --- looking -------------------------------------------------------------------------------------------------------
 
