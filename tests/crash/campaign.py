@@ -19,8 +19,10 @@ from pathlib import Path
 from daemons import Crashed, Place
 from writers import StopFlag, Writer
 
-WORK_SECONDS = 0.12  # mean time from mount to kill; exponential, so that some kills come at once and some late
-WORK_MOST_SECONDS = 0.6
+# Mean growth of the records from mount to kill; exponential, so that some kills come at once and some late. Some 80 bytes a call.
+WORK_BYTES = 15_000
+WORK_MOST_SECONDS = 20.0
+POLL_SECONDS = 0.002
 KILLED_AT_START, KILLED_AT_END, CLEAN = 0.15, 0.12, 0.08  # shares of the rounds
 # After a signal, while writers are at work; and see `Campaign._look_aside`.
 ORDINARY = re.compile("is in use .*: taken away under its users|another one has its place; what was not written is in")
@@ -124,12 +126,17 @@ class Campaign:
         self._stop.set(False)
         for writer in self.writers:
             writer.start(self.place.path, self.random.getrandbits(32), self._stop)
-        seconds = min(self.random.expovariate(1 / WORK_SECONDS), WORK_MOST_SECONDS)
-        if self.place.ended(seconds):
-            raise Crashed(f"the daemon ended while it was at work:\n{self.place.log_text()}")
+        enough = self._recorded_bytes() + self.random.expovariate(1 / WORK_BYTES)
+        deadline = time.monotonic() + WORK_MOST_SECONDS
+        while self._recorded_bytes() < enough and time.monotonic() < deadline:
+            if self.place.ended(POLL_SECONDS):
+                raise Crashed(f"the daemon ended while it was at work:\n{self.place.log_text()}")
         for writer in self.writers:
             if writer.ended():
                 raise Crashed(f"{writer.name} has ended while the mount was alive: {writer.join()}")
+
+    def _recorded_bytes(self) -> int:
+        return sum(writer.record.size() for writer in self.writers)
 
     def _join(self) -> None:
         """The mount is gone or they are to stop: waits for the writers, and takes in what was acknowledged to them."""

@@ -42,7 +42,7 @@ class Record:
 
     def news(self) -> Iterator[Entry]:
         """What was appended since the last time."""
-        data = os.pread(self.fd, os.fstat(self.fd).st_size - self._read_until, self._read_until)
+        data = os.pread(self.fd, self.size() - self._read_until, self._read_until)
         self._read_until += len(data)
         at = 0
         while at < len(data):
@@ -52,6 +52,9 @@ class Record:
             self._last.append(entry)
             yield entry
             at += length
+
+    def size(self) -> int:
+        return os.fstat(self.fd).st_size
 
     def last(self, count: int) -> list[Entry]:
         """The last entries that were read: for people."""

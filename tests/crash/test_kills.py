@@ -51,7 +51,7 @@ def test_no_acknowledged_write_is_lost_and_every_committed_transaction_is_there(
     with campaign(base, seed_of(f"{kernel_cache} {kills}"), ["--kernel-cache", kernel_cache]) as running:
         running.run(kills)
         print(running.summary())
-        assert all(writer.acknowledged > kills // 2 for writer in running.writers), running.summary()
+        assert all(writer.acknowledged >= kills // 4 for writer in running.writers), running.summary()
 
 
 @pytest.mark.parametrize("kills", [12, pytest.param(LONG, marks=long)])

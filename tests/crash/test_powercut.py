@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ pytestmark = [pytest.mark.mount, pytest.mark.skipif(why_not() is not None, reaso
 
 WRITERS = 3
 WORK_SECONDS = 1.5
+# What no fsync covered may have lost its file, or have a newer one by now: it is put aside. What was synced is looked for.
+UNPLACED = re.compile("; what was not written is in ")
 
 
 class Laptop:
@@ -53,8 +56,8 @@ class Laptop:
                 place.start()
                 run("sync", "--file-system", str(place.source))  # what was prepared is not what is tested
                 begun = time.monotonic_ns()
-                for writer in writers:
-                    writer.start(place.path, seed, stop)
+                for number, writer in enumerate(writers):
+                    writer.start(place.path, seed + number, stop)
                 assert not place.ended(WORK_SECONDS), place.log_text()
                 ended = time.monotonic_ns()
                 stop.set(True)
@@ -76,7 +79,7 @@ class Laptop:
             try:
                 place.start()
                 complaints = self._look(place, place.path, moment_ns)
-                complaints += [f"the log says: {line}" for line in place.bad_lines()]
+                complaints += [f"the log says: {line}" for line in place.bad_lines(UNPLACED)]
                 complaints += self.database.check_after_cut(place.path, moment_ns, self.entries[self.database.name])
                 place.unmount()
                 return complaints + self._look(place, place.source, moment_ns)
