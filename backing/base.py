@@ -141,14 +141,6 @@ class Backing(ABC):
         """Sets the times of the inode itself; None leaves one as it is."""
 
     @abstractmethod
-    def chown_at(self, dirfd: int, name: bytes, uid: int, gid: int) -> None:
-        """`chown` by name, not following a symbolic link."""
-
-    @abstractmethod
-    def chmod_at(self, dirfd: int, name: bytes, mode: int) -> None:
-        """`chmod` by name; EOPNOTSUPP for a symbolic link."""
-
-    @abstractmethod
     def getxattr(self, fd: int, name: bytes) -> bytes:
         """The value of an extended attribute of the inode itself; ENODATA if there is none."""
 

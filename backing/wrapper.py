@@ -63,8 +63,6 @@ class Wrapper(Backing):
     chmod = _through(Backing.chmod)
     chown = _through(Backing.chown)
     utime = _through(Backing.utime)
-    chown_at = _through(Backing.chown_at)
-    chmod_at = _through(Backing.chmod_at)
     getxattr = _through(Backing.getxattr)
     setxattr = _through(Backing.setxattr)
     removexattr = _through(Backing.removexattr)

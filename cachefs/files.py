@@ -4,6 +4,7 @@ A hit goes `read` -> `PageCache.lookup` and back with no await that could give t
 """
 
 import errno
+import math
 import os
 import stat
 import time
@@ -20,9 +21,10 @@ from cachefs.cache.pagecache import PageCache
 from cachefs.cache.readahead import Window
 from cachefs.descriptors import Descriptors
 from cachefs.handle import Handle
-from cachefs.inode import Inode, signature_of
+from cachefs.inode import Inode, patched, signature_of
 from cachefs.keeper import Keeper
 from cachefs.source import DataDescriptors, FileSource
+from cachefs.space import Space
 from cachefs.writeback import Writeback
 
 CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of file times, so that ours and the backing's do not cross
@@ -76,6 +78,7 @@ class Files:
         self.keeper = keeper
         self.data = DataDescriptors(io, descriptors)
         self.data.noticed = self._noticed
+        self.space = Space(io, descriptors, writeback)
         self.handles: dict[int, Handle] = {}
         self.changed = changed
         self.ttl_seconds = metadata_ttl_seconds
@@ -160,14 +163,28 @@ class Files:
             if epoch == inode.epoch and not file.unwritten and signature_of(st) != inode.signature:
                 self._changed_underneath(inode, file, st)
 
-    async def readopt(self, inode: Inode, contents: bool = False) -> None:
-        """Reads the attributes after a change of our own, again if there was one more meanwhile."""
-        for _ in range(STAT_TRIES):
-            epoch = inode.epoch
-            st = await self._stat(inode)
-            if epoch == inode.epoch:
-                return self.adopt(inode, st, contents)
-        self.adopt(inode, st, contents=True)  # too busy to tell somebody else's change from ours
+    async def readopt(self, inode: Inode, contents: bool = False, **known: int) -> bool:
+        """Reads the attributes after a change of our own, again if there was one more meanwhile; whether that worked.
+
+        The change is done, whatever becomes of the look at it. Where that fails, the attributes that the change is `known`
+        to have left (by their names in os.stat_result) are shown until the next look, which is due at once.
+        """
+        try:
+            for _ in range(STAT_TRIES):
+                epoch = inode.epoch
+                st = await self._stat(inode)
+                if epoch == inode.epoch:
+                    self.adopt(inode, st, contents)
+                    return True
+            self.adopt(inode, st, contents=True)  # too busy to tell somebody else's change from ours
+            return True
+        except OSError:
+            inode.epoch += 1
+            inode.st = patched(inode.st, **known)
+            inode.checked_at = -math.inf
+            if contents:
+                inode.signature = (inode.st.st_mtime_ns, inode.st.st_size, inode.signature[2])
+            return False
 
     async def _stat(self, inode: Inode) -> os.stat_result:
         fd = max(inode.reader, inode.writer)
@@ -289,11 +306,13 @@ class Files:
             self.window_pages = self.io.speed.window_pages(self._readahead_max_pages)
 
     async def write(self, number: int, offset: int, data: bytes | memoryview) -> int:
-        """Copies `data` into the cache; it is dirty, and acknowledged, when this returns."""
+        """Copies `data` into the cache; it is dirty, and acknowledged, when this returns. Only part of it on a full backing."""
         handle = self.handles[number]
         inode, file = handle.inode, handle.inode.file
         if file is None or not data:
             return 0
+        if not self.space.has_room(offset, len(data), file.size, not handle.uid):
+            data = data[: await self.space.admit(inode, offset, len(data), file.size, not handle.uid)]
         if handle.uid and inode.st.st_mode & SET_ID:
             await self.kill_set_id(inode, handle.gids)
         if offset + len(data) > EXTEND_AT_ONCE_BYTES and offset + len(data) > inode.st.st_size:
@@ -355,7 +374,7 @@ class Files:
         if inode.file is not None:  # at once: the backing has it, whatever becomes of the look at its attributes
             self.cache.truncate(inode.file, size)
             self.keeper.cut_done(inode, size)
-        await self.readopt(inode, contents=True)
+        await self.readopt(inode, contents=True, st_size=size, st_mtime_ns=now_ns(inode))
 
     async def kill_set_id(self, inode: Inode, gids: frozenset[int]) -> None:
         """A write or truncate by somebody who is not root takes set-user-id away, and set-group-id as well.
@@ -368,7 +387,7 @@ class Files:
             drop |= mode & stat.S_ISGID
         if drop:
             await self.descriptors.at("chmod", inode, self.io.backing.chmod, stat.S_IMODE(mode & ~drop))
-            await self.readopt(inode)
+            await self.readopt(inode, st_mode=mode & ~drop)
 
     async def fsync(self, number: int, datasync: bool) -> None:
         """Everything written to the file so far is on the backing, and durable there, when this returns without error."""
@@ -380,10 +399,15 @@ class Files:
             await self.keeper.sync(inode)
         self._report(handle)
         if inode.unsynced or self.keeper.synced is None:
-            await self._sync_backing(handle, datasync)
+            try:
+                await self.make_durable(inode, datasync)
+            except OSError:
+                handle.errors_seen = inode.error_count
+                raise
 
-    async def _sync_backing(self, handle: Handle, datasync: bool) -> None:
-        inode = handle.inode
+    async def make_durable(self, inode: Inode, datasync: bool = False) -> None:
+        """What has been written back of a file is durable on the backing when this returns without error."""
+        self.data.unsynced.pop(inode, None)  # what is written from now on is not this call's
         inode.busy += 1
         try:
             fd = inode.writer if inode.writer >= 0 else await self.data.reader(inode)
@@ -391,10 +415,38 @@ class Files:
             await self.io.in_thread("fsync", self.io.backing.fsync, fd, datasync)
         except OSError as error:  # the backing tells each descriptor once, and all handles share ours
             inode.unsynced = True
+            if self.io.backing.blocking:
+                self.data.unsynced[inode] = None
             inode.error_count += 1
             inode.error_errno = error.errno or errno.EIO
-            handle.errors_seen = inode.error_count
             raise
         finally:
             inode.busy -= 1
             self.data.settle(inode)
+
+    async def discard_unwritten(self, inode: Inode) -> int:
+        """Gives up what is dirty of one file, which then shows what the backing has; returns how many bytes were given up.
+
+        The lock keeps writeback and truncate out, so nothing of it is being written. Open handles stay.
+        """
+        async with inode.lock:
+            try:
+                st = await self._stat(inode)
+            except OSError:  # it cannot even be looked at: what it was when it could
+                st = inode.st
+            # From here on nothing waits: programs see the file change at once.
+            file = inode.file
+            if file is None or not file.dirty_pages:
+                return 0
+            given_up = self.cache.give_up(file)
+            self.keeper.forget(inode)
+            if signature_of(st) != inode.signature:
+                self.cache.invalidate(file)
+            self.cache.truncate(file, st.st_size)
+            self.adopt(inode, st, contents=True)
+            inode.mtime_ns = st.st_mtime_ns
+            inode.ctime_shown = (st.st_ctime_ns, now_ns(inode))  # for whoever compares: the contents have changed, now
+            inode.changes += 1
+            self.changed(inode)
+            self.writeback.given_up(inode)
+            return given_up

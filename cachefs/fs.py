@@ -8,7 +8,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -84,6 +84,21 @@ class FileSystem:
         self.files.absorb(inode, st)
         return inode
 
+    @contextlib.asynccontextmanager
+    async def at_path(self, path: bytes) -> AsyncIterator[Inode]:
+        """The inode at a path below the root, b"" = the root, known as long as one is inside. Follows no symbolic link."""
+        inode, found = self.table.root, []
+        try:
+            for name in path.split(b"/") if path else ():
+                if name in (b"", b".", b".."):  # the last one would lead out of SOURCE
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+                inode = await self.lookup(inode, name)
+                found.append(inode)
+            yield inode
+        finally:
+            for passed in reversed(found):
+                self.forget(passed.node, 1)
+
     async def _peek(self, parent: Inode, name: bytes) -> tuple[os.stat_result | None, Inode | None]:
         """What is there under a name now, and the inode if it is a known one."""
         try:
@@ -109,6 +124,7 @@ class FileSystem:
         dropped = self.table.drop(inode)
         for gone in dropped:
             self.descriptors.close(gone)
+            self.files.data.unsynced.pop(gone, None)
             self._idle.pop(gone, None)
         if not dropped and inode.file is not None and inode.file.resident_pages:
             self._idle[inode] = None
@@ -132,11 +148,14 @@ class FileSystem:
                 await self.files.truncate_locked(inode, changes.size)
             if changes.uid is not None or changes.gid is not None or changes == Changes():  # chown(-1, -1) is one, too
                 owner, group = (-1 if number is None else number for number in (changes.uid, changes.gid))
-                await self._change(inode, "chown", self.backing.chown, owner, group)
+                known = {name: number for name, number in (("st_uid", owner), ("st_gid", group)) if number != -1}
+                await self._change(inode, "chown", self.backing.chown, owner, group, **known)
             if changes.mode is not None:
                 await self._chmod(inode, changes.mode)
             if changes.atime_ns is not None or changes.mtime_ns is not None:
-                await self._change(inode, "utime", self.backing.utime, changes.atime_ns, changes.mtime_ns)
+                times = (("st_atime_ns", changes.atime_ns), ("st_mtime_ns", changes.mtime_ns))
+                known = {name: time_ns for name, time_ns in times if time_ns is not None}
+                await self._change(inode, "utime", self.backing.utime, changes.atime_ns, changes.mtime_ns, **known)
                 if changes.mtime_ns is not None:
                     inode.mtime_ns = changes.mtime_ns
                     self.files.keeper.changed(inode)
@@ -147,14 +166,18 @@ class FileSystem:
         if mode & SET_ID and inode.unwritten:
             # What is written to the backing later may clear these bits there: write it first.
             await self.writeback.flush_locked(inode)
-        await self._change(inode, "chmod", self.backing.chmod, stat.S_IMODE(mode))
+        mode = stat.S_IMODE(mode)
+        await self._change(inode, "chmod", self.backing.chmod, mode, st_mode=stat.S_IFMT(inode.st.st_mode) | mode)
 
-    async def _change(self, inode: Inode, op: str, method: Callable[..., None], *args: object) -> None:
-        """A change to the inode itself, under `inode.lock`; what it does to the backing's ctime is ours."""
+    async def _change(self, inode: Inode, op: str, method: Callable[..., None], *args: object, **known: int) -> None:
+        """A change to the inode itself, under `inode.lock`; what it does to the backing's ctime is ours.
+
+        `known` as in `Files.readopt`.
+        """
         if op == "utime":
             await self.files.notice_locked(inode)
         await self.descriptors.at(op, inode, method, *args)
-        await self.files.readopt(inode, contents=op == "utime")
+        await self.files.readopt(inode, contents=op == "utime", **known)
         inode.ctime_shown = (inode.ctime_shown[0], inode.st.st_ctime_ns)
 
     # --- making --------------------------------------------------------------------------------------------------------
@@ -162,28 +185,51 @@ class FileSystem:
     async def mknod(self, parent: Inode, name: bytes, mode: int, rdev: int, caller: Caller) -> Inode:
         mode = await self._masked(parent, mode, caller)
         await self.descriptors.at("mknod", parent, self.backing.mknod, name, mode, rdev)
-        return await self._made(parent, name, mode, caller)
+        return await self._made(parent, name, mode, caller, rdev)
 
     async def mkdir(self, parent: Inode, name: bytes, mode: int, caller: Caller) -> Inode:
         mode = await self._masked(parent, mode, caller)
         await self.descriptors.at("mkdir", parent, self.backing.mkdir, name, stat.S_IMODE(mode))
-        return await self._made(parent, name, None, caller)
+        return await self._made(parent, name, stat.S_IFDIR, caller)
 
     async def symlink(self, parent: Inode, name: bytes, target: bytes, caller: Caller) -> Inode:
         await self.descriptors.at("symlink", parent, self.backing.symlink, name, target)
-        return await self._made(parent, name, None, caller)
+        return await self._made(parent, name, stat.S_IFLNK, caller)
 
-    async def _made(self, parent: Inode, name: bytes, mode: int | None, caller: Caller) -> Inode:
-        """Gives what was just made under `name` to the caller, set-id bits included if `mode` has them; looks it up."""
-        try:
-            if (caller.uid, caller.gid) != self._user:
-                gid = await self._group_for(parent, caller)
-                await self.descriptors.at("chown", parent, self.backing.chown_at, name, caller.uid, gid)
-                if mode is not None and mode & SET_ID:
-                    await self.descriptors.at("chmod", parent, self.backing.chmod_at, name, stat.S_IMODE(mode))
+    async def _made(self, parent: Inode, name: bytes, mode: int, caller: Caller, rdev: int = 0) -> Inode:
+        """Gives what was just made under `name` to the caller, set-id bits included if `mode` has them; looks it up.
+
+        Whoever may write SOURCE can have put something else there by now. So it is given away by descriptor, and only if it
+        is no different from new; else it stays whose it is.
+        """
+        if (caller.uid, caller.gid) == self._user:
             return await self.lookup(parent, name)
-        except PermissionError:  # a backing that lets nobody give files away: they stay the daemon's
-            return await self.lookup(parent, name)
+        gid = await self._group_for(parent, caller)
+
+        def give(dirfd: int) -> os.stat_result:
+            fd, st = self.backing.open_stat(dirfd, name, os.O_PATH)
+            try:
+                if not self._is_new(fd, st, mode, rdev):
+                    return st
+                with contextlib.suppress(PermissionError):  # a backing that lets nobody give files away
+                    self.backing.chown(fd, caller.uid, gid)
+                    if mode & SET_ID:
+                        self.backing.chmod(fd, stat.S_IMODE(mode))
+                return self.backing.fstat(fd)
+            finally:
+                self.backing.close(fd)
+
+        inode = self._found(parent, name, await self.descriptors.at("chown", parent, give))
+        inode.lookups += 1
+        return inode
+
+    def _is_new(self, fd: int, st: os.stat_result, mode: int, rdev: int) -> bool:
+        """Whether this is no different from a node just made by us: of that kind, ours, empty, and with no other name."""
+        if stat.S_IFMT(st.st_mode) != (stat.S_IFMT(mode) or stat.S_IFREG) or st.st_uid != self._user[0] or st.st_rdev != rdev:
+            return False
+        if stat.S_ISDIR(st.st_mode):
+            return not self.backing.listdir(fd)
+        return st.st_nlink == 1 and not (stat.S_ISREG(st.st_mode) and st.st_size)
 
     async def _group_for(self, parent: Inode, caller: Caller) -> int:
         st = await self.descriptors.at("stat", parent, self.backing.fstat)
@@ -231,7 +277,7 @@ class FileSystem:
         await self.descriptors.at_two("link", inode, parent, link)
         self.table.name(inode, parent, name)
         self.files.keeper.moved(inode)
-        await self.files.readopt(inode)
+        await self.files.readopt(inode, st_nlink=inode.st.st_nlink + 1)
         inode.lookups += 1
         return inode
 
@@ -268,10 +314,9 @@ class FileSystem:
 
     async def _lost_a_name(self, inode: Inode, before: os.stat_result | None) -> None:
         """A name is gone. With the last one the file lives on only in open handles, and unwritten data with nobody to read it."""
-        try:
-            await self.files.readopt(inode)
+        if await self.files.readopt(inode):
             gone = inode.st.st_nlink == 0
-        except OSError:  # nobody knows: data that may still have a name is not to be thrown away
+        else:  # nobody knows: data that may still have a name is not to be thrown away
             gone = before is None or before.st_nlink <= 1 or inode.is_dir
         if gone:
             inode.unlinked = True
@@ -409,12 +454,14 @@ class FileSystem:
         async with inode.lock:
             await self._change(inode, "removexattr", self.backing.removexattr, name)
 
-    async def sync(self) -> list[Inode]:
-        """Writes everything out and makes it durable; returns what could not be written."""
-        failed = await self.writeback.flush_all()
-        await self.make_durable()
-        return failed
+    async def make_durable(self, inodes: Iterable[Inode]) -> None:
+        """What was written back of these files is durable, whatever other names and files the backing syncs with them."""
+        if self.backing.blocking:  # it may keep a syncfs to itself (FUSE does)
+            for inode in inodes:
+                if not inode.unlinked:
+                    await self.files.make_durable(inode)
+        await self.syncfs()
 
-    async def make_durable(self) -> None:
-        """Has the backing make durable what it has."""
+    async def syncfs(self) -> None:
+        """Everything that was written back, and every name, is durable when this returns without error."""
         await self.io.in_thread("syncfs", self.backing.syncfs, self.table.root.fd)

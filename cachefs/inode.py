@@ -20,12 +20,26 @@ ROOT_NODE = 1
 PATHS_MOST = 8  # of the names of a file with many hard links
 FIRST_MADE_UP_NODE = 1 << 62  # node ids of files whose own number is taken: other devices, numbers 0 and 1
 
+_NUMBERED_FIELDS = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_size")
+_NAMED_FIELDS = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blksize", "st_blocks", "st_rdev")
+
 Signature = tuple[int, int, int]
 
 
 def signature_of(st: os.stat_result) -> Signature:
     """What changes whenever somebody changes a file's contents: mtime, size, ctime."""
     return st.st_mtime_ns, st.st_size, st.st_ctime_ns
+
+
+def patched(st: os.stat_result, **fields: int) -> os.stat_result:
+    """`st` with other values in some of st_mode, st_nlink, st_uid, st_gid, st_size, st_atime_ns and st_mtime_ns."""
+    values, named = list(st), {name: getattr(st, name) for name in _NAMED_FIELDS}
+    for name, value in fields.items():
+        if name in named:
+            named[name] = value
+        else:
+            values[_NUMBERED_FIELDS.index(name)] = value
+    return os.stat_result(values, named)
 
 
 class Inode:
@@ -38,7 +52,7 @@ class Inode:
     __slots__ = (
         "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "epoch", "error_count",
         "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "key", "lookups", "mtime_ns", "names", "node", "opens",
-        "reader", "retry_at", "retry_seconds", "signature", "st", "unlinked", "unsynced", "writer",
+        "reader", "retry_at", "retry_seconds", "signature", "st", "tries", "unlinked", "unsynced", "writer",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -63,6 +77,7 @@ class Inode:
         self.error_errno = 0
         self.journaled: JournalFile | None = None  # its unwritten pages in the journal
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
+        self.tries = 0  # failures of writeback since it last succeeded
         self._lock: trio.Lock | None = None
         self.unlinked = False  # its last name is gone
         self.unsynced = True  # the backing may have something of it that is not durable there

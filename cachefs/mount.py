@@ -36,6 +36,7 @@ LAST_TRIES = 5  # at the end, for files whose writeback fails
 LAST_TRY_PAUSE_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for programs that still have files open when SIGTERM came
 RETIRE_SECONDS = 1.0
+LOGGED = ("path", "offset", "length", "error")  # of an entry
 SWEEP_SECONDS, SWEEP_INODES = 1.0, 1000  # ~1 ms of every second
 
 
@@ -75,7 +76,8 @@ class Mount:
         self.state = state
         self.backing = backing
         self.stopping = False
-        self.failed: list[dict[str, object]] = []  # what could not be written, at the end
+        self.failed: list[dict[str, object]] = []  # entries of what could not be written, at the end
+        self.kept: str | None = None  # where that is kept; None = nowhere, it is lost with this process
         self.exit_status = 0
         self.metrics: MetricsServer | None = None
         self.kernel_cache = config.kernel_cache  # the mode in effect
@@ -154,6 +156,7 @@ class Mount:
         self.tasks.start_service(self.stack.writeback.run)
         self.tasks.start_service(self._sweep)
         self.tasks.start_service(self._retire)
+        self.tasks.start_service(self.stack.files.space.watch)
         await nursery.start(controlserver.serve, self.state.socket_path, self.commands.handlers())
         if self.config.metrics_host is not None:
             token = trio.lowlevel.current_trio_token()
@@ -176,9 +179,10 @@ class Mount:
     def _changed(self, inode: Inode) -> None:
         """The file's contents changed underneath: the kernel's pages of it are wrong too."""
         if self.kernel_cache != "off":
-            self.tasks.start_soon(self._invalidate, inode.node)
+            self.tasks.start_soon(self.invalidate, inode.node)
 
-    async def _invalidate(self, node: int) -> None:
+    async def invalidate(self, node: int) -> None:
+        """The kernel forgets the attributes of a file and what it has of its contents."""
         with contextlib.suppress(OSError):  # the kernel may not know it any more
             await trio.to_thread.run_sync(pyfuse3.invalidate_inode, pyfuse3.InodeT(node))
 
@@ -239,9 +243,10 @@ class Mount:
             if not failed:
                 break
         self.failed = self.stack.unwritten()
-        for piece in self.failed:
-            log.error("not written: %s", json.dumps(piece))
+        for entry in self.failed:
+            log.error("not written: %s", json.dumps({key: entry[key] for key in LOGGED}))
             self.exit_status = 1
+        self.state.note_end(self.failed)
         if os.environ.get("CACHEFS_CHECK"):
             self._check()
         pyfuse3.close(unmount=False)

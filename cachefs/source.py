@@ -27,6 +27,7 @@ class DataDescriptors:
         self.io = io
         self.descriptors = descriptors
         self.noticed: Callable[[Inode], None] = lambda inode: None  # told of files that somebody else has changed
+        self.unsynced: dict[Inode, None] = {}  # files far away that were written to since their last fsync, as far as known
         self.count = 0
 
     async def reader(self, inode: Inode) -> int:
@@ -134,6 +135,8 @@ class FileSource:
             return 0, problem
         finally:
             inode.busy -= 1
+        if io.backing.blocking:
+            self.data.unsynced[inode] = None
         if before is not None and signature_of(before)[:2] != inode.signature[:2] and inode.st is seen:
             self.data.noticed(inode)  # somebody else's change, which ours would hide
         if st is not None:

@@ -1,7 +1,6 @@
 """Everything of a mount below FUSE, put together: backing, inodes, cache, writeback, files, names."""
 
 import contextlib
-import errno
 import os
 import resource
 import time
@@ -15,10 +14,12 @@ from cachefs.cache.page import PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
 from cachefs.config import Config
 from cachefs.descriptors import BUDGET_MAX, Descriptors
+from cachefs.entries import merged
 from cachefs.files import Files
 from cachefs.fs import FileSystem
 from cachefs.inode import Inode, InodeTable
 from cachefs.keeper import Keeper
+from cachefs.ledger import Ledger
 from cachefs.statistics import FileSystemStatistics, HistogramSnapshot, Statistics
 from cachefs.tasks import Spawner
 from cachefs.writeback import Writeback
@@ -65,25 +66,19 @@ class Stack:
         )  # fmt: skip
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
         self.keeper.make_durable = self.fs.make_durable
+        self.ledger = Ledger(self.fs)
 
     def _settled(self, inode: Inode) -> None:
         self.files.data.settle(inode)
         self.fs.drop(inode)
 
     def unwritten(self) -> list[dict[str, object]]:
-        """The extents that are not on the backing."""
-        found: list[dict[str, object]] = []
-        for inode in self.writeback.dirty:
-            if inode.file is not None and inode.unwritten and not inode.unlinked:
-                reason = errno.errorcode.get(inode.error_errno, "") if inode.error_count else ""
-                for offset, length in inode.file.dirty_extents():
-                    found.append({"path": self.path(inode), "offset": offset, "length": length, "error": reason})
-        return found
+        """The entries of everything that is not on the backing, merged; takes as long as it takes."""
+        return merged(entry for part in self.ledger.parts() for entry in part)
 
     def path(self, inode: Inode) -> str:
         """A name of the inode relative to SOURCE, for people."""
-        paths = self.table.paths(inode)
-        return os.fsdecode(paths[0]) if paths else ""
+        return os.fsdecode(self.ledger.path(inode) or b"")
 
     def statistics(self, kernel_cache: str, durations: dict[str, HistogramSnapshot]) -> Statistics:
         """A snapshot; what is above, the kernel's mode and the durations of requests, is passed in."""

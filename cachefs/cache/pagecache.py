@@ -388,6 +388,21 @@ class PageCache:
         """Every clean page leaves, on request."""
         return self._drop_pages(file, 0, False, "dropped")
 
+    def give_up(self, file: CachedFile) -> int:
+        """Every dirty page leaves unwritten, but for those a thread is working on; how many bytes of the file that were."""
+        given_up = 0
+        for index in list(file.dirty_groups):
+            group = file.groups[index]
+            going = group.dirty & ~group.writeback
+            if not going:
+                continue
+            last_page = (index << GROUP_SHIFT) + going.bit_length()
+            given_up += going.bit_count() * PAGE_SIZE - (last_page * PAGE_SIZE - file.size if last_page == file.end_page else 0)
+            self.policy.remove(group.key, going)
+            self._leave(group, going, "dropped")
+        self.room.unpark_all()
+        return given_up
+
     def discard(self, file: CachedFile) -> None:
         """The file is gone: every page leaves, dirty ones too, but for those a thread is working on."""
         self._drop_pages(file, 0, True, "truncated")

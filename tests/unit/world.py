@@ -22,9 +22,10 @@ from cachefs.descriptors import Descriptors
 from cachefs.files import Files
 from cachefs.fs import Caller, FileSystem
 from cachefs.inode import Inode, InodeTable
-from cachefs.journal.journal import Journal
+from cachefs.journal.journal import ROWS_FILE, Journal
 from cachefs.journal.load import read
 from cachefs.journal.records import FileRecord, PagesRecord, checksum
+from cachefs.journal.rows import rows_in
 from cachefs.keeper import Keeper
 from cachefs.writeback import Writeback
 
@@ -180,6 +181,9 @@ class Leftovers:
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self.found = read(journal.index.env)
+        for row in rows_in(os.path.join(journal.directory, ROWS_FILE)):
+            self.found.add(row)
+        self.found.followed()
         assert not self.found.problems
 
     def content(self, inode: Inode, fd: int) -> bytes:
@@ -187,7 +191,7 @@ class Leftovers:
         size = os.fstat(fd).st_size
         data = bytearray(os.pread(fd, size, 0))
         for record in self.found.files.values():
-            if record.number == inode.key[1]:
+            if record.number == inode.key[1] and (self.found.pages.get(record.file) or record.cutting):
                 data = self._replayed(data, record)
         return bytes(data)
 
