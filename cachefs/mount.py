@@ -90,6 +90,7 @@ class Mount:
         self.metrics: MetricsServer | None = None
         self.kernel_cache = config.kernel_cache  # the mode in effect
         self._device: str | None = None  # of the mount, in mountinfo; None before there is one
+        self._answering = trio.Event()  # or it never will, and `_unmounted` is set
         self._serving = trio.Event()
         self._unmounted = trio.Event()
         self.finished = trio.Event()
@@ -117,11 +118,9 @@ class Mount:
         try:
             self._connect(nursery)
             await self._start_services(nursery)
-            await trio.to_thread.run_sync(os.stat, self.config.mountpoint)
-            if self.kernel_cache != "off":
-                await trio.to_thread.run_sync(
-                    negotiate.set_kernel_readahead, self.config.mountpoint, self.config.readahead_max_bytes >> 10
-                )
+            await self._answering.wait()
+            if self.kernel_cache != "off" and self._device is not None:
+                negotiate.set_kernel_readahead(self._device, self.config.readahead_max_bytes >> 10)
             ready({"metrics": self.metrics_url, "notes": notes})
             log.info("serving %s on %s", self.config.source, self.config.mountpoint)
             self._serving.set()
@@ -153,11 +152,16 @@ class Mount:
             log.warning("this kernel cannot map files of a mount that sees every read: using --kernel-cache open")
             self.kernel_cache = "open"
         self.operations = Operations(
-            self.stack.fs, self.kernel_cache, self.config.metadata_ttl_seconds, connection.hand_over
+            self.stack.fs, self.kernel_cache, self.config.metadata_ttl_seconds, functools.partial(self._begin, connection)
         )
         pyfuse3.init(self.operations, f"/dev/fd/{connection.session_fd}", set())
         seam.enable()
         nursery.start_soon(self._serve_fuse)
+
+    def _begin(self, connection: negotiate.Connection) -> None:
+        """From now on requests are answered. We make none of our own: killed before its answer, our thread would wait for ever."""
+        connection.hand_over()
+        self._answering.set()
 
     async def _serve_fuse(self) -> None:
         try:
@@ -167,6 +171,7 @@ class Mount:
             self.exit_status = 1
         finally:
             self._unmounted.set()
+            self._answering.set()
 
     async def _start_services(self, nursery: trio.Nursery) -> None:
         self.tasks.start_service(self.stack.writeback.run)
