@@ -101,6 +101,14 @@ class Backing(ABC):
         return
 
     @abstractmethod
+    def flush(self, fd: int) -> None:
+        """Waits until the store has taken what was written to a file, and reports what it has not, as close(2) does.
+
+        Where writes may go no further than this machine at first (NFS, sshfs), only this tells what has become of them.
+        Durable it need not be. Not on O_PATH descriptors.
+        """
+
+    @abstractmethod
     def fsync(self, fd: int, datasync: bool) -> None:
         """Makes a file durable and reports what the store failed to write since. Not on O_PATH descriptors."""
 
@@ -143,14 +151,6 @@ class Backing(ABC):
     @abstractmethod
     def utime(self, fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
         """Sets the times of the inode itself; None leaves one as it is."""
-
-    @abstractmethod
-    def chown_at(self, dirfd: int, name: bytes, uid: int, gid: int) -> None:
-        """`chown` by name, not following a symbolic link."""
-
-    @abstractmethod
-    def chmod_at(self, dirfd: int, name: bytes, mode: int) -> None:
-        """`chmod` by name; EOPNOTSUPP for a symbolic link."""
 
     @abstractmethod
     def getxattr(self, fd: int, name: bytes) -> bytes:

@@ -7,22 +7,40 @@ not to another file. See `cachefs.descriptors` for the descriptors.
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import trio
 
 from cachefs.cache.file import CachedFile
+from cachefs.journal.journal import JournalFile
 
 ROOT_NODE = 1
+PATHS_MOST = 8  # of the names of a file with many hard links
 FIRST_MADE_UP_NODE = 1 << 62  # node ids of files whose own number is taken: other devices, numbers 0 and 1
 
+_NUMBERED_FIELDS = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_size")
+_NAMED_FIELDS = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blksize", "st_blocks", "st_rdev")
+
 Signature = tuple[int, int, int]
+NO_XATTRS: Mapping[bytes, bytes | int] = {}
 
 
 def signature_of(st: os.stat_result) -> Signature:
     """What changes whenever somebody changes a file's contents: mtime, size, ctime."""
     return st.st_mtime_ns, st.st_size, st.st_ctime_ns
+
+
+def patched(st: os.stat_result, **fields: int) -> os.stat_result:
+    """`st` with other values in some of st_mode, st_nlink, st_uid, st_gid, st_size, st_atime_ns and st_mtime_ns."""
+    values, named = list(st), {name: getattr(st, name) for name in _NAMED_FIELDS}
+    for name, value in fields.items():
+        if name in named:
+            named[name] = value
+        else:
+            values[_NUMBERED_FIELDS.index(name)] = value
+    return os.stat_result(values, named)
 
 
 class Inode:
@@ -33,9 +51,10 @@ class Inode:
     """
 
     __slots__ = (
-        "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "epoch", "error_count",
-        "error_errno", "fd", "fd_busy", "file", "handle", "key", "lookups", "losing", "mtime_ns", "names", "node",
-        "noticed", "opens", "reader", "retry_at", "retry_seconds", "signature", "st", "unlinked", "unsure", "writer",
+        "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "doubtful", "epoch", "error_count",
+        "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "key", "lookups", "losing", "mtime_ns", "names", "node",
+        "noticed", "opens", "reader", "retry_at", "retry_seconds", "signature", "st", "target", "tries", "unlinked", "unsure",
+        "unsynced", "writer", "xattrs",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -47,6 +66,7 @@ class Inode:
         self.fd_busy = 0  # calls under way that use `fd`
         self.handle: bytes | None = None  # name for open_by_handle_at, made when `fd` is closed
         self.reader = self.writer = -1  # descriptors for data; may be the same
+        self.doubtful = False  # something went wrong with them that may have been theirs alone
         self.busy = 0  # fills and writebacks under way that use them
         self.file: CachedFile | None = None
         self.st = st  # the backing's attributes when last seen
@@ -60,10 +80,15 @@ class Inode:
         self.ctime_shown = (0, 0)  # (backing's ctime, the one to show instead): writeback must not be seen as a change
         self.error_count = 0  # failures of writeback; a handle that has seen fewer reports `error_errno`
         self.error_errno = 0
+        self.journaled: JournalFile | None = None  # its unwritten pages in the journal
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
+        self.tries = 0  # failures of writeback since it last succeeded
         self._lock: trio.Lock | None = None
         self.unlinked = False  # its last name is gone, by our doing
         self.losing = 0  # unlinks and renames of ours under way that may take its last name
+        self.unsynced = True  # the backing may have something of it that is not durable there
+        self.target: bytes | None = None  # of a symbolic link, once asked for; it never changes
+        self.xattrs = NO_XATTRS  # what checking a path needs: values, or the errno that says why there is none
 
     @property
     def lock(self) -> trio.Lock:
@@ -123,7 +148,7 @@ class InodeTable:
         self._device = root_st.st_dev
         self._by_node = {ROOT_NODE: self.root}
         self._by_key = {self.root.key: self.root}
-        self._by_name: dict[tuple[Inode, bytes], Inode] = {}  # {(parent, name): the inode found there last}
+        self._by_name: dict[tuple[Inode, bytes], Inode] = {}  # of all that had a name (`Inode.names`) who was seen there last
         self._next_node = FIRST_MADE_UP_NODE
 
     def __len__(self) -> int:
@@ -153,23 +178,33 @@ class InodeTable:
         self._next_node += 1
         return self._next_node
 
+    def named(self, parent: Inode, name: bytes) -> Inode | None:
+        """The inode that was last seen as `name` in `parent`, if it is known and nothing has been seen in its place."""
+        return self._by_name.get((parent, name))
+
     def name(self, inode: Inode, parent: Inode, name: bytes) -> None:
         """Notes that `inode` was found as `name` in `parent`."""
-        if (parent, name) not in inode.names:
-            inode.names[parent, name] = None
+        key = (parent, name)
+        if key not in inode.names:
+            inode.names[key] = None
             parent.children += 1
-        self._by_name[parent, name] = inode
+        self._by_name[key] = inode
 
     def unname(self, inode: Inode, parent: Inode, name: bytes) -> None:
-        if (parent, name) in inode.names:
-            del inode.names[parent, name]
+        key = (parent, name)
+        if key in inode.names:
+            del inode.names[key]
             parent.children -= 1
-            if self._by_name.get((parent, name)) is inode:
-                del self._by_name[parent, name]
+            if self._by_name.get(key) is inode:
+                del self._by_name[key]
 
-    def named(self, parent: Inode, name: bytes) -> Inode | None:
-        """The inode that was found under a name last; None if nobody has asked for it, or if it is known to be gone."""
-        return self._by_name.get((parent, name))
+    def nothing_at(self, parent: Inode, name: bytes) -> None:
+        """Notes that there is nothing of that name. An inode that had it may still be tried there, should this be wrong."""
+        self._by_name.pop((parent, name), None)
+
+    def paths(self, inode: Inode) -> tuple[bytes, ...]:
+        """Its names as paths relative to the root, oldest first, a few of them at most."""
+        return tuple(self.path_in(parent, name) for parent, name in islice(inode.names, PATHS_MOST))
 
     def path_in(self, parent: Inode, name: bytes) -> bytes:
         """The path of `name` in `parent` relative to the root."""
@@ -193,12 +228,8 @@ class InodeTable:
                 del self._by_key[inode.key]
             dropped.append(inode)
             parents = [parent for parent, _ in inode.names]
-            for place in inode.names:
-                if self._by_name.get(place) is inode:
-                    del self._by_name[place]
-            inode.names.clear()
-            for parent in parents:
-                parent.children -= 1
+            for parent, name in list(inode.names):
+                self.unname(inode, parent, name)
             if not parents:
                 break
             for parent in parents[1:]:
@@ -223,9 +254,8 @@ class InodeTable:
             assert self._by_node[inode.node] is inode
             for parent, _ in inode.names:
                 children[parent] = children.get(parent, 0) + 1
-        for (parent, name), inode in self._by_name.items():
-            assert (parent, name) in inode.names, "found under a name that it does not have"
-            assert self._by_node[inode.node] is inode, "found under a name, and dropped"
+        for key, inode in self._by_name.items():
+            assert key in inode.names and self._by_node.get(inode.node) is inode, "a name of an inode that is not known by it"
         for inode in self:
             assert inode.children == children.get(inode, 0), "children miscounted"
             assert inode.lookups >= 0 and inode.opens >= 0 and inode.busy >= 0 and inode.fd_busy >= 0

@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
 
 import pyfuse3
 import trio
@@ -17,9 +16,12 @@ from backing.base import Backing
 from cachefs import controlserver, daemon, mountinfo
 from cachefs.commands import Commands
 from cachefs.config import Config
+from cachefs.daemon import Ready
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode
+from cachefs.leftover import leave_descriptors
 from cachefs.metrics import MetricsServer, make_registry
+from cachefs.recovery import Predecessor, Recovery
 from cachefs.stack import Stack, raise_descriptor_limit
 from cachefs.state import State
 from cachefs.statistics import Statistics
@@ -27,6 +29,7 @@ from cachefs.store import make_backing
 from cachefs.tasks import Guarded
 from cachefs.transport import negotiate, seam
 from cachefs.transport.operations import Operations
+from cachefs.watchdog import Unreachable
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +37,14 @@ SWITCH_SECONDS = 0.0005  # a thread back from the backing waits no longer for th
 LAST_TRIES = 5  # at the end, for files whose writeback fails
 LAST_TRY_PAUSE_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for programs that still have files open when SIGTERM came
+REQUESTS_MAX = 500  # under way at once: some hundred that wait for SOURCE must not keep cached pages from being served
+RETIRE_SECONDS = 1.0
+LOGGED = ("path", "offset", "length", "error")  # of an entry
 SWEEP_SECONDS, SWEEP_INODES = 1.0, 1000  # ~1 ms of every second
 
 
-def serve(config: Config, state: State, ready: Callable[[Mapping[str, object]], None]) -> int:
-    """Runs one mount from start to after its unmount. `ready` is called once, with the addresses in use.
+def serve(config: Config, state: State, ready: Ready) -> int:
+    """Runs one mount from start to after its unmount. `ready` is called once, with the addresses in use; before, with progress.
 
     Returns 0 when all was written, 1 when something could not be (it is in the log); CachefsError before it was ready.
     """
@@ -46,13 +52,18 @@ def serve(config: Config, state: State, ready: Callable[[Mapping[str, object]], 
     sys.setswitchinterval(SWITCH_SECONDS)
     os.umask(0)  # modes come with the callers' own umask
     backing = make_backing(config)
+    predecessor = Predecessor(config, state.directory) if config.durability != "none" else None
+    mount = Mount(config, state, backing, predecessor)
     try:
-        return trio.run(functools.partial(Mount(config, state, backing).run, ready))
+        return trio.run(functools.partial(mount.run, ready))
     except BaseExceptionGroup as group:
         # Not `except*`: what is raised in there comes out in a group again.
         problem = _lone_problem(group)
         if problem is None:
             raise
+    finally:
+        if mount.lost:
+            leave_descriptors(config.source)
     raise problem
 
 
@@ -66,47 +77,71 @@ def _lone_problem(error: BaseException) -> CachefsError | None:
 class Mount:
     """Everything that belongs to one mount."""
 
-    def __init__(self, config: Config, state: State, backing: Backing) -> None:
+    def __init__(self, config: Config, state: State, backing: Backing, predecessor: Predecessor | None) -> None:
         self.config = config
+        self.predecessor = predecessor
         self.state = state
         self.backing = backing
         self.stopping = False
-        self.failed: list[dict[str, object]] = []  # what could not be written, at the end
+        self.failed: list[dict[str, object]] = []  # entries of what could not be written, at the end
+        self.kept: str | None = None  # where that is kept; None = nowhere, it is lost with this process
         self.exit_status = 0
+        self.lost = False  # whether SOURCE was, at the end
         self.metrics: MetricsServer | None = None
         self.kernel_cache = config.kernel_cache  # the mode in effect
         self._device: str | None = None  # of the mount, in mountinfo; None before there is one
+        self._answering = trio.Event()  # or it never will, and `_unmounted` is set
         self._serving = trio.Event()
         self._unmounted = trio.Event()
         self.finished = trio.Event()
 
     # --- running -------------------------------------------------------------------------------------------------------
 
-    async def run(self, ready: Callable[[Mapping[str, object]], None]) -> int:
+    async def run(self, ready: Ready) -> int:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals)
             self.tasks = Guarded(nursery)
             self.stack = Stack(self.config, self.backing, self.tasks, self._changed, self._gone)
-            self.commands = Commands(self)
             try:
-                self._connect(nursery)
-                await self._start_services(nursery)
-                await trio.to_thread.run_sync(os.stat, self.config.mountpoint)
-                if self.kernel_cache != "off":
-                    await trio.to_thread.run_sync(
-                        negotiate.set_kernel_readahead, self.config.mountpoint, self.config.readahead_max_bytes >> 10
-                    )
-                ready({"metrics": self.metrics_url})
-                log.info("serving %s on %s", self.config.source, self.config.mountpoint)
-                self._serving.set()
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await self.unmount(lazy=True)
-                raise
-            await self._unmounted.wait()
-            await self._finish()
-            nursery.cancel_scope.cancel()
+                await self._serve(ready, nursery)
+            finally:  # of all that is under way, threads that hang in SOURCE included
+                nursery.cancel_scope.cancel()
+                self.stack.io.watchdog.abandon()
+                self.lost = self.stack.io.watchdog.lost
         return self.exit_status
+
+    async def _serve(self, ready: Ready, nursery: trio.Nursery) -> None:
+        self.commands = Commands(self)
+        if self.stack.io.watchdog.watching:
+            self.tasks.start_service(self.stack.io.watchdog.run)
+        notes = await self._recover(ready)
+        try:
+            self._connect(nursery)
+            await self._start_services(nursery)
+            await self._answering.wait()
+            if self.kernel_cache != "off" and self._device is not None:
+                negotiate.set_kernel_readahead(self._device, self.config.readahead_max_bytes >> 10)
+            ready({"metrics": self.metrics_url, "notes": notes})
+            log.info("serving %s on %s", self.config.source, self.config.mountpoint)
+            self._serving.set()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.unmount(lazy=True)
+            raise
+        await self._unmounted.wait()
+        await self._finish()
+
+    async def _recover(self, ready: Ready) -> list[str]:
+        """Writes what a killed predecessor could not, before the mountpoint answers; returns what the user has to know of it."""
+        if self.predecessor is None:
+            return []
+        recovery = Recovery(self.stack, self.predecessor, lambda done, total: ready({"progress": [done, total]}))
+        try:
+            await self.stack.io.ask(recovery.run)
+        except Unreachable as error:
+            why = f"SOURCE {self.config.source} does not answer ({error.strerror})"
+            raise CachefsError(f"{why}: what the journal has for it is kept; mount again when it does") from None
+        return recovery.notes
 
     def _connect(self, nursery: trio.Nursery) -> None:
         """Mounts and begins to answer."""
@@ -117,24 +152,32 @@ class Mount:
             log.warning("this kernel cannot map files of a mount that sees every read: using --kernel-cache open")
             self.kernel_cache = "open"
         self.operations = Operations(
-            self.stack.fs, self.kernel_cache, self.config.metadata_ttl_seconds, connection.hand_over
+            self.stack.fs, self.kernel_cache, self.config.metadata_ttl_seconds, functools.partial(self._begin, connection)
         )
         pyfuse3.init(self.operations, f"/dev/fd/{connection.session_fd}", set())
         seam.enable()
         nursery.start_soon(self._serve_fuse)
 
+    def _begin(self, connection: negotiate.Connection) -> None:
+        """From now on requests are answered. We make none of our own: killed before its answer, our thread would wait for ever."""
+        connection.hand_over()
+        self._answering.set()
+
     async def _serve_fuse(self) -> None:
         try:
-            await pyfuse3.main()
+            await pyfuse3.main(max_tasks=REQUESTS_MAX)
         except Exception:
             log.critical("no more requests can be served", exc_info=True)  # what was acknowledged is still written out
             self.exit_status = 1
         finally:
             self._unmounted.set()
+            self._answering.set()
 
     async def _start_services(self, nursery: trio.Nursery) -> None:
         self.tasks.start_service(self.stack.writeback.run)
         self.tasks.start_service(self._sweep)
+        self.tasks.start_service(self._retire)
+        self.tasks.start_service(self.stack.files.space.watch)
         if self.stack.watcher is not None:
             self.tasks.start_service(self.stack.watcher.run)
         await nursery.start(controlserver.serve, self.state.socket_path, self.commands.handlers())
@@ -151,17 +194,24 @@ class Mount:
             await trio.sleep(SWEEP_SECONDS)
             self.stack.fs.sweep(SWEEP_INODES)
 
+    async def _retire(self) -> None:
+        while True:
+            await trio.sleep(RETIRE_SECONDS)
+            if not self.stack.io.watchdog.lost:
+                await self.stack.keeper.retire()
+
     def _changed(self, inode: Inode) -> None:
         """The file's contents changed underneath: what the kernel knows is wrong too, in mode `off` its size and mapped pages."""
         if not self._unmounted.is_set():
-            self.tasks.start_soon(self._invalidate, inode.node)
+            self.tasks.start_soon(self.invalidate, inode.node)
 
     def _gone(self, parent: Inode, name: bytes) -> None:
         """Somebody else has removed or replaced what had this name: the kernel is to ask again."""
         if not self._unmounted.is_set():
             pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent.node), pyfuse3.FileNameT(name), ignore_enoent=True)
 
-    async def _invalidate(self, node: int) -> None:
+    async def invalidate(self, node: int) -> None:
+        """The kernel forgets the attributes of a file and what it has of its contents."""
         with contextlib.suppress(OSError):  # the kernel may not know it any more
             await trio.to_thread.run_sync(pyfuse3.invalidate_inode, pyfuse3.InodeT(node))
 
@@ -179,7 +229,7 @@ class Mount:
         if self.stopping:
             return
         self.mark_stopping()
-        await self.stack.writeback.flush_all()
+        await self.stack.write_out()
         try:
             await self.unmount(lazy=False)
         except OSError as error:
@@ -218,16 +268,19 @@ class Mount:
         for attempt in range(LAST_TRIES):
             if attempt:
                 await trio.sleep(LAST_TRY_PAUSE_SECONDS)
-            failed = await self.stack.writeback.flush_all()
-            if not failed:
+            failed = await self.stack.write_out()
+            if not failed or self.stack.io.watchdog.lost:
                 break
         self.failed = self.stack.unwritten()
-        for piece in self.failed:
-            log.error("not written: %s", json.dumps(piece))
+        for entry in self.failed:
+            log.error("not written: %s", json.dumps({key: entry[key] for key in LOGGED}))
             self.exit_status = 1
+        self.kept = self.stack.keeper.place
+        self.state.note_end(self.failed, self.kept)
         if os.environ.get("CACHEFS_CHECK"):
             self._check()
         pyfuse3.close(unmount=False)
+        await self.stack.keeper.close()
         if self.metrics is not None:
             self.metrics.close()
         log.info("unmounted %s", self.config.mountpoint)

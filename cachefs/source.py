@@ -11,9 +11,11 @@ from backing.base import Backing
 from cachefs.backingio import BackingIO, write_fully
 from cachefs.descriptors import Descriptors
 from cachefs.inode import Inode, signature_of
+from cachefs.watchdog import GONE, getting_on
 
 CONFLICTS_IN_A_ROW = 3  # versions of others that are kept before a batch gives up and is tried again later
 START_SYNC_BYTES = 1 << 20  # extents from this size on go to the disk at once, or all of a long write would be left to fsync
+DEAD = GONE | {errno.EIO, errno.EBADF, errno.ESTALE}  # what descriptors of a lost connection give
 
 Extents = Sequence[tuple[int, list[memoryview]]]
 
@@ -28,6 +30,7 @@ class DataDescriptors:
     def __init__(self, io: BackingIO, descriptors: Descriptors) -> None:
         self.io = io
         self.descriptors = descriptors
+        self.unsynced: dict[Inode, None] = {}  # files far away that were written to since their last fsync, as far as known
         self.looked: Callable[[Inode, os.stat_result], None]  # told of attributes that came with a descriptor
         # How both versions of a file are kept, see `cachefs.conflicts`.
         self.keep_theirs: Callable[[Inode], Awaitable[object]]
@@ -61,6 +64,32 @@ class DataDescriptors:
         for fd in fds:
             self._close(fd)
 
+    def doubt(self, inode: Inode, error: OSError) -> None:
+        """Something went wrong with a descriptor: it may be one of a connection that is lost, and never work again."""
+        if self.io.backing.blocking and error.errno in DEAD:
+            inode.doubtful = True
+
+    async def renew(self, inode: Inode) -> None:
+        """Opens doubtful descriptors anew, by a caller that is counted in `inode.busy`: while others use them, they stay.
+
+        They stay as well if that cannot be: the file may have no name any more.
+        """
+        if not inode.doubtful or inode.busy > 1:
+            return
+        reader, writer = inode.reader, inode.writer
+        inode.reader = inode.writer = -1
+        try:
+            if writer >= 0:
+                await self.writer(inode)
+            else:
+                await self.reader(inode)
+            inode.doubtful = False
+        except OSError:
+            return
+        finally:  # those that are needed no more are closed
+            for fd in {reader, writer} - {-1}:
+                self._keep(inode, fd, fd == reader, fd == writer)
+
     async def _open(self, inode: Inode, flags: int) -> int:
         fd = -1
         if inode.fd < 0:
@@ -82,7 +111,7 @@ class DataDescriptors:
             if (st.st_dev, st.st_ino) == inode.key and stat.S_ISREG(st.st_mode):
                 self.looked(inode, st)
                 return fd
-            self.io.backing.close(fd)
+            self.io.close(fd)
             break
         return -1
 
@@ -98,7 +127,7 @@ class DataDescriptors:
 
     def _close(self, fd: int) -> None:
         self.count -= 1
-        self.io.backing.close(fd)
+        self.io.close(fd)
 
 
 class FileSource:
@@ -120,9 +149,13 @@ class FileSource:
         inode = self.inode
         inode.busy += 1
         try:
+            await self.data.renew(inode)
             fd = await self.data.reader(inode)
             assert inode.file is not None
             return await self.data.io.read(fd, list(buffers), offset, inode.file.size - offset)
+        except OSError as problem:
+            self.data.doubt(inode, problem)
+            raise
         finally:
             inode.busy -= 1
             self.data.settle(inode)
@@ -132,9 +165,10 @@ class FileSource:
 
         What somebody else has changed meanwhile is kept first.
         """
-        inode = self.inode
+        inode, io = self.inode, self.data.io
         inode.busy += 1
         try:
+            await self.data.renew(inode)
             for _ in range(CONFLICTS_IN_A_ROW):
                 written = await self._write(extents)
                 if not written.changed:
@@ -143,18 +177,24 @@ class FileSource:
             if written.problem is None and not (inode.st.st_nlink or inode.unlinked or inode.losing):
                 await self.data.keep_ours(inode)
         except OSError as problem:
+            self.data.doubt(inode, problem)
             return 0, problem
         finally:
             inode.busy -= 1
+        if io.backing.blocking:
+            self.data.unsynced[inode] = None
         if written.changed:
             return 0, OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-        return written.done, written.problem
+        if written.problem is None:
+            return written.done, None
+        self.data.doubt(inode, written.problem)
+        return written.done, io.told(written.problem)
 
     async def _write(self, extents: Extents) -> "Written":
         inode, io, seen = self.inode, self.data.io, self.inode.st
         fd = await self.data.writer(inode)
         unsure, known = inode.unsure, None if inode.unsure or inode.unlinked else inode.signature[:2]
-        inode.unsure = True
+        inode.unsure = inode.unsynced = True
         written = await io.in_thread("write", write_extents, io.backing, fd, extents, inode.mtime_ns, known)
         if written.st is None:
             inode.unsure = unsure or written.touched
@@ -202,6 +242,12 @@ def write_extents(
                 backing.start_sync(fd, offset, size)
     except OSError as error:
         problem = error if error.errno else OSError(errno.EIO, str(error))
+    if done and backing.blocking:
+        try:
+            getting_on(sum(len(buffer) for _, buffers in extents[:done] for buffer in buffers))
+            backing.flush(fd)
+        except OSError as error:
+            done, problem = 0, error
     restored = False
     try:
         with contextlib.suppress(PermissionError):  # not root, and somebody else's file that we may write

@@ -1,7 +1,8 @@
 """Everything of a mount below FUSE, put together: backing, inodes, cache, writeback, files, names."""
 
 import contextlib
-import errno
+import functools
+import math
 import os
 import resource
 import time
@@ -15,12 +16,16 @@ from cachefs.cache.page import PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
 from cachefs.config import Config
 from cachefs.descriptors import BUDGET_MAX, Descriptors
+from cachefs.entries import merged
 from cachefs.files import Files
 from cachefs.fs import FileSystem
 from cachefs.inode import Inode, InodeTable
+from cachefs.keeper import Keeper
+from cachefs.ledger import Ledger
 from cachefs.statistics import FileSystemStatistics, HistogramSnapshot, Statistics
 from cachefs.tasks import Spawner
 from cachefs.watch import Watcher
+from cachefs.watchdog import Unreachable
 from cachefs.writeback import Writeback
 
 
@@ -53,45 +58,55 @@ class Stack:
     ) -> None:
         self.config = config
         self.started = time.monotonic()
-        self.io = BackingIO(backing)
+        self.io = BackingIO(backing, tasks, config.backing_timeout_seconds)
         root_fd = backing.open_root()
         self.table = InodeTable(backing.fstat(root_fd))
         self.descriptors = Descriptors(self.io, self.table, root_fd, descriptor_budget())
         pages = config.cache_size_bytes // PAGE_SIZE
         self.cache = PageCache(policy.make(config.policy, pages), pages, time.monotonic)
+        self.keeper = Keeper(self.cache, self.table, backing)
         self.writeback = Writeback(
             self.cache,
+            self.keeper,
             limit_bytes=config.dirty_limit_bytes,
             background_bytes=config.dirty_background_bytes,
             expire_seconds=config.dirty_expire_seconds,
             interval_seconds=config.writeback_interval_seconds,
             settled=self._settled,
+            watchdog=self.io.watchdog,
         )
-        self.filler = Filler(self.cache, tasks, self.writeback.need_room)
+        self.filler = Filler(self.cache, tasks, self.writeback.need_room, self.io.watchdog)
         self.files = Files(
-            self.io, self.descriptors, self.cache, self.filler, self.writeback,
+            self.io, self.descriptors, self.cache, self.filler, self.writeback, self.keeper,
             config.readahead_max_bytes, config.metadata_ttl_seconds, changed, gone,
         )  # fmt: skip
         self.watcher = Watcher(self.descriptors, self.files, gone) if backing.watch_path(root_fd) is not None else None
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
+        self.keeper.make_durable = functools.partial(self.io.ask, self.fs.make_durable)
+        self.ledger = Ledger(self.fs)
 
     def _settled(self, inode: Inode) -> None:
         self.files.data.settle(inode)
         self.fs.drop(inode)
 
+    async def write_out(self) -> list[Inode]:
+        """Writes out everything that is dirty now, for as long as it gets on; returns the inodes that could not be written."""
+        left = math.inf
+        while self.writeback.unwritten_pages < left:
+            left = self.writeback.unwritten_pages
+            try:
+                return await self.io.ask(self.writeback.flush_all)
+            except Unreachable:
+                continue
+        return list(self.writeback.dirty)
+
     def unwritten(self) -> list[dict[str, object]]:
-        """The extents that are not on the backing."""
-        found: list[dict[str, object]] = []
-        for inode in self.writeback.dirty:
-            if inode.file is not None and inode.unwritten and not inode.unlinked:
-                reason = errno.errorcode.get(inode.error_errno, "") if inode.error_count else ""
-                for offset, length in inode.file.dirty_extents():
-                    found.append({"path": self.path(inode), "offset": offset, "length": length, "error": reason})
-        return found
+        """The entries of everything that is not on the backing, merged; takes as long as it takes."""
+        return merged(entry for part in self.ledger.parts() for entry in part)
 
     def path(self, inode: Inode) -> str:
         """A name of the inode relative to SOURCE, for people."""
-        return os.fsdecode(self.table.path_in(*next(iter(inode.names)))) if inode.names else ""
+        return os.fsdecode(self.ledger.path(inode) or b"")
 
     def statistics(self, kernel_cache: str, durations: dict[str, HistogramSnapshot]) -> Statistics:
         """A snapshot; what is above, the kernel's mode and the durations of requests, is passed in."""
@@ -104,6 +119,7 @@ class Stack:
             cache=self.cache.statistics(),
             writeback=self.writeback.statistics(),
             backing=self.io.statistics(),
+            journal=self.keeper.statistics(),
             conflicts=self.files.conflicts.statistics(),
             filesystem=FileSystemStatistics(
                 durations=durations,
@@ -117,3 +133,4 @@ class Stack:
         """Asserts the invariants of cache and inodes; slow."""
         self.cache.check_invariants()
         self.table.check()
+        self.keeper.check()

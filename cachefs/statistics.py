@@ -76,6 +76,16 @@ class WritebackStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class JournalStatistics:
+    """What of the unwritten data would survive this process; zeros without a journal."""
+
+    used_bytes: int
+    size_bytes: int  # at most
+    replayed_bytes: int  # found at the mount and put into the cache again
+    written_through: int  # writes that it could not take, and that went to the backing at once
+
+
+@dataclass(frozen=True, slots=True)
 class BackingStatistics:
     """Calls to the backing and what they showed of it."""
 
@@ -84,6 +94,9 @@ class BackingStatistics:
     read_bytes: int
     latency_seconds: float  # estimate that readahead uses
     bandwidth_bytes_per_second: float
+    lost: int  # 1 = it does not answer, or is not there
+    silent_seconds: float  # for how long it has owed an answer and given none
+    timeouts: int  # requests and calls that failed because of that
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,5 +139,6 @@ class Statistics:
     cache: CacheStatistics
     writeback: WritebackStatistics
     backing: BackingStatistics
+    journal: JournalStatistics
     conflicts: ConflictStatistics
     filesystem: FileSystemStatistics

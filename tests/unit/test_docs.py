@@ -145,6 +145,7 @@ def test_every_link_leads_somewhere(document: str) -> None:
 def test_every_command_target_and_option_exists(document: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
     options = {option.dashed for option in OPTIONS} | {"--foreground", "--json", "--timeout", "--version", "--no-allow-other"}
+    options |= {"--dirty", "--yes"}
     missing = []
     for text in marked(document):
         first, _, rest = text.partition(" ")

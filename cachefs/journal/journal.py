@@ -1,0 +1,298 @@
+"""The journal of one mount: what programs have written and the backing has not, kept where a dead daemon does not take it along.
+
+`Journal` knows files and pages, no inodes and no paths but those it is told to write down. For each file it keeps which
+of its entries has the latest bytes of each page (`cover`). An entry is a run of pages that one write put into slots, with a
+row that says so; it goes when none of its pages is the latest any more: each was written to again, written back, or cut
+off. So the slots in use are bounded by what is unwritten, and a journal that is read anew gives exactly the unwritten pages.
+"""
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+
+from cachefs.cache.page import FIRST, PAGE_SHIFT, PAGE_SIZE
+from cachefs.journal.index import VERSION, Index, Key, Row
+from cachefs.journal.records import FileRecord, PagesRecord, checksum, pack_file, pack_pages
+from cachefs.journal.rows import Rows, rows_in
+from cachefs.journal.slots import JournalFull, SlotFile, SlotMap
+
+INDEX_FILE, ROWS_FILE, DATA_FILE, SYNCED_FILE = "index.mdb", "rows", "data", "synced.mdb"
+ONE_LIVE = (1).to_bytes(32, "little")
+key_of = struct.Struct(">Q").pack
+
+
+class Entry:
+    """Pages in slots. `live` is a mask of those of which it has the latest bytes; `synced`: the durable index names it too."""
+
+    __slots__ = ("checksum", "count", "live", "page", "seq", "slot", "synced")
+
+    def __init__(self, seq: int, page: int, slot: int, count: int, data_checksum: int) -> None:
+        self.seq = seq
+        self.page = page
+        self.slot = slot
+        self.count = count
+        self.live = FIRST[count]
+        self.checksum = data_checksum
+        self.synced = False
+
+
+class JournalFile:
+    """One file with pages in the journal. Owned by `Journal`; callers read `record` and change it with `Journal.note`."""
+
+    __slots__ = ("cover", "record", "stale", "synced", "tail")
+
+    def __init__(self, record: FileRecord) -> None:
+        self.record = record
+        self.tail = record.tail()
+        self.cover: dict[int, Entry] = {}  # {page: the entry with its latest bytes}
+        self.stale: set[Entry] = set()  # live, but of fewer pages than their rows say
+        self.synced: set[Entry] = set()  # what the durable index names
+
+
+class Journal:
+    """Slots, rows, index and what is known of them. `directory` is this mount's alone.
+
+    Raises JournalFull where pages have to be written back first, OSError where the disk refuses; then nothing has changed.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        size_bytes: int,
+        meta: Mapping[bytes, bytes],
+        left: Iterable[tuple[FileRecord, Sequence[PagesRecord]]] = (),
+    ) -> None:
+        """`left`: what a predecessor left, with which `files` begins; whatever else there is, is forgotten."""
+        self.directory = directory
+        self.slots = SlotMap(size_bytes // PAGE_SIZE)
+        self.data = SlotFile(os.path.join(directory, DATA_FILE), self.slots.count)
+        self.rows = Rows(os.path.join(directory, ROWS_FILE), self.slots.count)
+        self.files: dict[int, JournalFile] = {}
+        self.seq = 0  # of the last record
+        self._last_file = 0
+        self._undeleted: list[Key] = []  # rows that the index was to lose when it could not be written
+        self.index = Index(os.path.join(directory, INDEX_FILE), self.slots.count)
+        for record, pages in left:
+            self._adopt(record, pages)
+        known = {entry.slot for file in self.files.values() for entry in file.cover.values()}
+        for row in rows_in(os.path.join(directory, ROWS_FILE)):
+            if row.slot not in known:
+                self.rows.clear(row.slot)
+            self.seq = max(self.seq, row.seq)
+        puts = [row for file in self.files.values() for row in self._file_row(file)]
+        puts += [(self.index.meta, key, value) for key, value in {b"version": str(VERSION).encode(), **meta}.items()]
+        self.index.commit(puts, self.index.keys_but(self.files))
+
+    # --- writing down ------------------------------------------------------------------------------------------------
+
+    def add(self, record: FileRecord) -> JournalFile:
+        """A file that has no pages here yet; `record.file` is given by us. Nothing is written down before its first page is."""
+        self._last_file += 1
+        record.file = self._last_file
+        return JournalFile(record)
+
+    def put(self, file: JournalFile, page: int, data: memoryview) -> None:
+        """Writes down whole pages from `page` on, 256 at most, with the file's size and time. They survive us from then on."""
+        if len(data) == PAGE_SIZE and file.cover:
+            self._put_one(file, page, data)
+            return
+        runs = self.slots.take(len(data) >> PAGE_SHIFT)
+        try:
+            self._reserve(max(slot + count for slot, count in runs))
+            self.data.write(runs, data)
+            if not file.cover:  # not before: a record without pages would be taken for a truncate that has to be completed
+                self._begin(file)
+        except BaseException:
+            for slot, count in runs:
+                self.slots.give((slot, count))
+            raise
+        at = 0
+        for slot, count in runs:
+            stop = at + (count << PAGE_SHIFT)
+            self.seq += 1
+            entry = Entry(self.seq, page + (at >> PAGE_SHIFT), slot, count, checksum(data[at:stop]))
+            self.rows.set(slot, self._row(file, entry))
+            self._supersede(file, entry)
+            at = stop
+
+    def _put_one(self, file: JournalFile, page: int, data: memoryview) -> None:
+        """`put` of one page of a file that has some: most writes, so without a call that can be spared."""
+        slot = self.slots.take_one()
+        if slot >= self.data.reserved:
+            try:
+                self._reserve(slot + 1)
+            except BaseException:
+                self.slots.give_one(slot)
+                raise
+        self.data.write_one(slot, data)
+        self.seq = seq = self.seq + 1
+        digest, record, cover = checksum(data), file.record, file.cover
+        self.rows.set(
+            slot, pack_pages(seq, record.file, page, slot, 1, digest, record.size, record.mtime_ns, ONE_LIVE)
+        )
+        old = cover.get(page)
+        cover[page] = Entry(seq, page, slot, 1, digest)
+        if old is not None:
+            self._lose(file, old, page)
+
+    def _begin(self, file: JournalFile) -> None:
+        self.seq += 1
+        file.record.seq = self.seq
+        self.index.commit(self._file_row(file))
+        self.files[file.record.file] = file
+
+    def _reserve(self, slots: int) -> None:
+        if slots > self.data.reserved:
+            self.rows.reserve(self.data.reserve(slots))
+
+    def _row(self, file: JournalFile, entry: Entry) -> bytes:
+        record, live = file.record, entry.live.to_bytes(32, "little")
+        return pack_pages(
+            entry.seq, record.file, entry.page, entry.slot, entry.count, entry.checksum, record.size, record.mtime_ns, live
+        )
+
+    def _file_row(self, file: JournalFile) -> list[Row]:
+        return [(self.index.files, key_of(file.record.file), pack_file(file.record, file.tail))]
+
+    def _supersede(self, file: JournalFile, entry: Entry) -> None:
+        """`entry` has the latest bytes of its pages from now on."""
+        cover = file.cover
+        for page in range(entry.page, entry.page + entry.count):
+            old = cover.get(page)
+            cover[page] = entry
+            if old is not None:
+                self._lose(file, old, page)
+
+    def _lose(self, file: JournalFile, entry: Entry, page: int) -> None:
+        """The entry does not have the latest bytes of this page any more.
+
+        A newer entry has, and says so by its number; before that one goes, `remove` refreshes the rows of older ones.
+        """
+        if entry.count > 1:
+            entry.live &= ~(1 << (page - entry.page))
+            if entry.live:
+                file.stale.add(entry)
+                return
+            file.stale.discard(entry)
+        entry.live = 0
+        self.rows.clear(entry.slot)
+        if entry.synced:
+            return
+        if entry.count == 1:
+            self.slots.give_one(entry.slot)
+        else:
+            self.slots.give((entry.slot, entry.count))
+
+    def note(self, file: JournalFile) -> None:
+        """Writes down the file's record, which the caller has changed; nothing for a file without pages here."""
+        if file.cover:
+            self.seq += 1
+            file.record.seq = self.seq
+            file.tail = file.record.tail()
+            self.index.commit(self._file_row(file))
+
+    # --- letting go --------------------------------------------------------------------------------------------------
+
+    def remove(self, file: JournalFile, pages: Iterable[int], last_seq: int, keep: bool = False) -> None:
+        """The backing has these pages as they were when `last_seq` was the last record. With its last page the file goes.
+
+        With `keep` its record stays until a `remove` without. The record is written first: what it says of size and
+        signature holds whether the rows are gone or not.
+        """
+        cover = file.cover
+        self.seq += 1
+        file.record.seq = self.seq
+        try:
+            self._delete([], self._file_row(file))
+        finally:  # a record that could not be written costs a comparison with an old signature, no more
+            self._refresh(file)
+            for page in pages:
+                entry_of_page = cover.get(page)
+                if entry_of_page is not None and entry_of_page.seq <= last_seq:
+                    del cover[page]
+                    self._lose(file, entry_of_page, page)
+            self._refresh(file)
+        if not cover and not keep:
+            self.files.pop(file.record.file, None)
+            self._delete([(self.index.files, key_of(file.record.file))])
+
+    def _refresh(self, file: JournalFile) -> None:
+        """Has the rows of older entries say what is left of them."""
+        for entry in file.stale:
+            self.rows.set_live(entry.slot, entry.live)
+        file.stale.clear()
+
+    def _delete(self, rows: list[Key], puts: Iterable[Row] = ()) -> None:
+        """Removes rows from the index, those first that could not be removed the last time."""
+        rows = self._undeleted + rows
+        try:
+            self.index.commit(puts, deletes=rows)
+            self._undeleted = []
+        except BaseException:
+            self._undeleted = rows
+            raise
+
+    def unsync(self, file: JournalFile, entries: Iterable[Entry]) -> None:
+        """The durable index does not name these any more."""
+        for entry in entries:
+            entry.synced = False
+            file.synced.discard(entry)
+            if not entry.live:
+                self.slots.give((entry.slot, entry.count))
+
+    # --- what a predecessor left ---------------------------------------------------------------------------------------
+
+    def _adopt(self, record: FileRecord, pages: Iterable[PagesRecord]) -> None:
+        """Takes in what was found of a file: of two rows for a page the later counts."""
+        file = JournalFile(record)
+        owners: dict[int, int] = {}  # {slot: the file that its row names}
+        for found in sorted(pages, key=lambda found: found.seq):
+            entry = Entry(found.seq, found.page, found.slot, found.count, found.checksum)
+            entry.live = 0
+            owners[found.slot] = found.file
+            file.cover.update(dict.fromkeys(found.pages, entry))
+            self.seq = max(self.seq, found.seq)
+        for page, entry in file.cover.items():
+            entry.live |= 1 << (page - entry.page)
+        for entry in set(file.cover.values()):
+            self.slots.claim((entry.slot, entry.count))
+            if owners[entry.slot] == record.file:
+                self.rows.set_live(entry.slot, entry.live)
+            else:
+                self.rows.set(entry.slot, self._row(file, entry))
+        self.seq = max(self.seq, record.seq)
+        self._last_file = max(self._last_file, record.file)
+        self.files[record.file] = file
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    @property
+    def used_bytes(self) -> int:
+        return self.slots.used * PAGE_SIZE
+
+    def close(self, needed: bool = False) -> None:
+        """Closes the files, and removes them where nothing is in them that is not on the backing, unless they are `needed`."""
+        empty = not self.files and not needed
+        self.index.close()
+        self.rows.close()
+        self.data.close()
+        if empty:
+            for name in (INDEX_FILE, ROWS_FILE, DATA_FILE, SYNCED_FILE):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self.directory, name))
+
+    def check(self) -> None:
+        """Asserts that covers, masks and slots agree."""
+        self.slots.check()
+        taken = 0
+        for file in self.files.values():
+            entries = set(file.cover.values())
+            for entry in entries:
+                live = [page for page in range(entry.page, entry.page + entry.count) if file.cover.get(page) is entry]
+                assert entry.live == sum(1 << (page - entry.page) for page in live), "live pages miscounted"
+            taken += sum(entry.count for entry in entries | file.synced)
+        assert taken <= self.slots.used, "slots that nobody took"
+
+
+__all__ = ["Entry", "Journal", "JournalFile", "JournalFull"]
