@@ -202,11 +202,13 @@ class Mount:
 
     def _changed(self, inode: Inode) -> None:
         """The file's contents changed underneath: what the kernel knows is wrong too, in mode `off` its size and mapped pages."""
-        self.tasks.start_soon(self.invalidate, inode.node)
+        if not self._unmounted.is_set():
+            self.tasks.start_soon(self.invalidate, inode.node)
 
     def _gone(self, parent: Inode, name: bytes) -> None:
         """Somebody else has removed or replaced what had this name: the kernel is to ask again."""
-        pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent.node), pyfuse3.FileNameT(name), ignore_enoent=True)
+        if not self._unmounted.is_set():
+            pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent.node), pyfuse3.FileNameT(name), ignore_enoent=True)
 
     async def invalidate(self, node: int) -> None:
         """The kernel forgets the attributes of a file and what it has of its contents."""
