@@ -123,7 +123,7 @@ class Keeper:
         if journal is None or kept is None:
             return
         pages = [page for offset, nbytes in extents for page in _pages(offset, nbytes)]
-        kept.record.writing = failed
+        kept.record.writing, kept.record.cutting = failed, False
         kept.record.signature = inode.signature
         self._remove(journal, inode, kept, pages, last_seq)
 
