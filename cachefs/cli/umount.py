@@ -64,10 +64,10 @@ def _ask_to_end(record: DaemonRecord, process: int | None, timeout: float | None
     except control.ConnectionLost as error:
         soon = time.monotonic() + _LAST_SECONDS
         _is_gone(process, soon if deadline is None else min(soon, deadline))
-        unwritten = how_it_ended(record)
-        if unwritten is None:
+        note = how_it_ended(record)
+        if note is None:
             raise CachefsError(f"{error}: see {record.log}") from None
-        return Answer(unwritten=unwritten)
+        return Answer(note, list(note["unwritten"]))
 
 
 def _list_what_is_left(record: DaemonRecord, timeout: float, late: OutOfTime) -> int:
