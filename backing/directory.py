@@ -110,6 +110,9 @@ class DirectoryBacking(Backing):
     def reopen(self, fd: int, flags: int) -> int:
         return os.open(_path(fd), _opening(flags) & ~NEVER_ON_REOPEN)
 
+    def redirect(self, fd: int, to: int) -> None:
+        os.dup2(to, fd, inheritable=False)
+
     def listdir(self, dirfd: int) -> list[bytes]:
         # By path, not descriptor: callers that share `dirfd` do not share a position then, and names come as bytes.
         return os.listdir(_path(dirfd).encode())
@@ -211,6 +214,9 @@ class DirectoryBacking(Backing):
         raw = _FileHandle(len(data), int.from_bytes(kind, "little", signed=True))
         ctypes.memmove(raw.data, data, len(data))
         return _checked(_libc.open_by_handle_at(self._top, ctypes.byref(raw), _opening(flags) & ~NEVER_ON_REOPEN))
+
+    def watch_path(self, fd: int) -> str | None:
+        return None if self.blocking else _path(fd)
 
     def shutdown(self) -> None:
         os.close(self._top)

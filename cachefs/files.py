@@ -20,6 +20,7 @@ from cachefs.cache.fill import Filler
 from cachefs.cache.page import PAGE_SHIFT
 from cachefs.cache.pagecache import PageCache
 from cachefs.cache.readahead import Window
+from cachefs.conflicts import Conflicts
 from cachefs.descriptors import Descriptors
 from cachefs.handle import Handle
 from cachefs.inode import Inode, patched, signature_of
@@ -58,7 +59,10 @@ class Opened:
 
 
 class Files:
-    """All open files. `changed(inode)` is called when the backing turned out to have other contents than the cache had."""
+    """All open files. `changed(inode)` is called when the backing turned out to have other contents than the cache had.
+
+    `gone(parent, name)` is called when a file turned out to have another name, `opened(inode)` at each first open.
+    """
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class Files:
         readahead_max_bytes: int,
         metadata_ttl_seconds: float,
         changed: Callable[[Inode], None],
+        gone: Callable[[Inode, bytes], None],
     ) -> None:
         self.io = io
         self.descriptors = descriptors
@@ -79,8 +84,12 @@ class Files:
         self.writeback = writeback
         self.keeper = keeper
         self.data = DataDescriptors(io, descriptors)
-        self.data.noticed = self._noticed
         self.space = Space(io, descriptors, writeback)
+        self.conflicts = Conflicts(io, descriptors, self.data, self._noticed, gone)
+        self.data.keep_theirs = self.conflicts.keep_theirs
+        self.data.keep_ours = self._keep_ours
+        self.data.looked = self.absorb
+        self.opened: Callable[[Inode], None] = lambda inode: None
         self.handles: dict[int, Handle] = {}
         self.changed = changed
         self.ttl_seconds = metadata_ttl_seconds
@@ -95,7 +104,7 @@ class Files:
     def absorb(self, inode: Inode, st: os.stat_result, fresh: bool = False) -> None:
         """Takes in attributes just read from the backing. If somebody else changed the file, its clean pages leave.
 
-        While anything of ours is unwritten, size and times are ours to tell and a change cannot be told from our own.
+        While anything of ours is unwritten, size and times are ours to tell, and who writes it will keep both versions.
         Unless they are known to be `fresh`, we may have changed the file since they were read.
         """
         file = inode.file
@@ -105,10 +114,15 @@ class Files:
             return  # the times may be those of our own write, before it has restored them
         inode.st = st
         inode.checked_at = trio.current_time()
-        if file is None or file.unwritten or inode.locked:
+        if file is None or inode.locked:
             return
-        if signature_of(st) != inode.signature:
-            self._changed_underneath(inode, file, st)
+        if not file.unwritten:
+            inode.unsure = False
+            if signature_of(st) != inode.signature:
+                self._changed_underneath(inode, file, st)
+        elif not inode.unsure and signature_of(st)[:2] not in (inode.signature[:2], inode.noticed):
+            inode.noticed = signature_of(st)[:2]
+            self._noticed(inode)
 
     def _changed_underneath(self, inode: Inode, file: CachedFile, st: os.stat_result) -> None:
         inode.signature = signature_of(st)
@@ -118,7 +132,7 @@ class Files:
         self.changed(inode)
 
     def _noticed(self, inode: Inode) -> None:
-        """Somebody else has changed a file that we are writing: what is clean leaves, what is ours stays ours."""
+        """Somebody else has changed a file that we have unwritten data of: what is clean leaves, what is ours stays ours."""
         if inode.file is not None:
             inode.changes += 1
             self.cache.invalidate(inode.file)
@@ -138,8 +152,13 @@ class Files:
         inode.unsynced = True
         inode.checked_at = trio.current_time()
         file, signature = inode.file, signature_of(st)
-        if not contents and file is not None and not file.unwritten and signature[:2] != inode.signature[:2]:
-            self._changed_underneath(inode, file, st)  # by somebody else, just before
+        if contents:
+            inode.unsure = False
+        elif file is not None and signature[:2] != inode.signature[:2]:
+            if file.unwritten:  # by our writeback, which is not done yet, or by somebody else: writeback will see
+                signature = (*inode.signature[:2], signature[2])
+            else:
+                self._changed_underneath(inode, file, st)  # by somebody else, just before
         inode.signature = signature
         if inode.journaled is not None:
             self.keeper.changed(inode)
@@ -157,13 +176,22 @@ class Files:
                 return self.absorb(inode, st, fresh=True)
 
     async def notice_locked(self, inode: Inode) -> None:
-        """Notices somebody else's change before one of ours makes it look like ours. By a caller that holds `inode.lock`."""
+        """Notices somebody else's change before one of ours to contents or mtime makes it look like ours.
+
+        By a caller that holds `inode.lock`, right before its change. If we have unwritten data, that version is kept.
+        """
         file = inode.file
-        if file is not None and not file.unwritten:
+        if file is None:
+            return
+        if not (file.unwritten and (inode.unsure or inode.unlinked or self.believed(inode))):
             epoch = inode.epoch
             st = await self._stat(inode)
-            if epoch == inode.epoch and not file.unwritten and signature_of(st) != inode.signature:
+            if file.unwritten:
+                if signature_of(st)[:2] != inode.signature[:2]:
+                    await self.conflicts.keep_theirs(inode)
+            elif epoch == inode.epoch and signature_of(st) != inode.signature:
                 self._changed_underneath(inode, file, st)
+        inode.unsure = True  # until what the change has made of the file was seen
 
     async def readopt(self, inode: Inode, contents: bool = False, **known: int) -> bool:
         """Reads the attributes after a change of our own, again if there was one more meanwhile; whether that worked.
@@ -178,7 +206,7 @@ class Files:
                 if epoch == inode.epoch:
                     self.adopt(inode, st, contents)
                     return True
-            self.adopt(inode, st, contents=True)  # too busy to tell somebody else's change from ours
+            self.adopt(inode, st, contents or not inode.unwritten)  # too busy to tell somebody else's change from ours
             return True
         except OSError:
             inode.epoch += 1
@@ -198,6 +226,10 @@ class Files:
         finally:
             inode.busy -= 1
             self.data.settle(inode)
+
+    async def _keep_ours(self, inode: Inode) -> None:
+        if await self.conflicts.keep_ours(inode) is not None:
+            self.keeper.rebound(inode)
 
     # --- open and close ------------------------------------------------------------------------------------------------
 
@@ -234,6 +266,7 @@ class Files:
     def _opened(self, inode: Inode, known: bool, changed: bool, flags: int, uid: int, gids: frozenset[int]) -> Opened:
         self.ensure_file(inode)
         # A look-up may have noticed a change before, and the kernel's pages may not be gone yet.
+        self.opened(inode)
         unchanged = known and inode.changes == inode.changes_told
         inode.changes_told = inode.changes
         return Opened(self._new_handle(inode, flags, uid, gids), unchanged, changed)
@@ -243,6 +276,7 @@ class Files:
         inode.opens += 1
         self.data.created(inode, fd)
         self.ensure_file(inode)
+        self.opened(inode)
         return Opened(self._new_handle(inode, flags, uid, gids), True, False)
 
     def ensure_file(self, inode: Inode) -> CachedFile:

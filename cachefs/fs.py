@@ -349,7 +349,13 @@ class FileSystem:
             if st is not None and inode is not None and (inode.lookups or inode.opens):
                 with contextlib.suppress(OSError):
                     await stack.enter_async_context(self.descriptors.holding(inode))
-            yield st, inode
+            if inode is not None:
+                inode.losing += 1  # whoever writes it meanwhile is not to take that for somebody else's doing
+            try:
+                yield st, inode
+            finally:
+                if inode is not None:
+                    inode.losing -= 1
         if inode is not None and inode.unlinked:
             self.drop(inode)
 
@@ -393,6 +399,7 @@ class FileSystem:
             self.table.unname(inode, parent, name)
             self.table.name(inode, new_parent, new_name)
             self._moved(inode)
+            self.files.opened(inode)
             await self.files.readopt(inode)
 
     def _moving(self, inode: Inode, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes) -> None:

@@ -52,8 +52,9 @@ class Inode:
 
     __slots__ = (
         "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "doubtful", "epoch", "error_count",
-        "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "key", "lookups", "mtime_ns", "names", "node", "opens",
-        "reader", "retry_at", "retry_seconds", "signature", "st", "target", "tries", "unlinked", "unsynced", "writer", "xattrs",
+        "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "key", "lookups", "losing", "mtime_ns", "names", "node",
+        "noticed", "opens", "reader", "retry_at", "retry_seconds", "signature", "st", "target", "tries", "unlinked", "unsure",
+        "unsynced", "writer", "xattrs",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -70,6 +71,8 @@ class Inode:
         self.file: CachedFile | None = None
         self.st = st  # the backing's attributes when last seen
         self.signature = signature_of(st)  # of the contents that the cached pages are of
+        self.unsure = False  # a change of ours may have made the backing's signature another one, which was not seen yet
+        self.noticed: tuple[int, int] | None = None  # mtime and size of the last version of others seen beside unwritten data
         self.checked_at = 0.0
         self.changes = self.changes_told = 0  # made by others: noticed so far, and when the kernel last opened it
         self.epoch = 0  # grows with every change we make, so that attributes read meanwhile are known to be stale
@@ -81,7 +84,8 @@ class Inode:
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
         self.tries = 0  # failures of writeback since it last succeeded
         self._lock: trio.Lock | None = None
-        self.unlinked = False  # its last name is gone
+        self.unlinked = False  # its last name is gone, by our doing
+        self.losing = 0  # unlinks and renames of ours under way that may take its last name
         self.unsynced = True  # the backing may have something of it that is not durable there
         self.target: bytes | None = None  # of a symbolic link, once asked for; it never changes
         self.xattrs = NO_XATTRS  # what checking a path needs: values, or the errno that says why there is none
@@ -237,6 +241,12 @@ class InodeTable:
         """The file is gone and its number may come back as another file's: that one will get an inode of its own."""
         if self._by_key.get(inode.key) is inode:
             del self._by_key[inode.key]
+
+    def rebind(self, inode: Inode, st: os.stat_result) -> None:
+        """The inode is another file of the backing from now on; for the kernel, and whoever has it open, it is the same."""
+        self.renumbered(inode)
+        inode.key = (st.st_dev, st.st_ino)
+        self._by_key[inode.key] = inode  # one that was found there meanwhile is an inode of its own, as if it were gone
 
     def check(self) -> None:
         children: dict[Inode, int] = {}

@@ -226,6 +226,15 @@ class Keeper:
             kept.record.signature = inode.signature
             self._note(self.journal, kept)
 
+    def rebound(self, inode: Inode) -> None:
+        """It is another file of the backing from now on, with the contents that it had."""
+        kept = inode.journaled
+        if self.journal is not None and kept is not None:
+            kept.record.device, kept.record.number = inode.key
+            kept.record.handle, kept.record.paths = self._handle(inode), self.table.paths(inode)
+            kept.record.signature = inode.signature
+            self._note(self.journal, kept)
+
     def moved(self, inode: Inode) -> None:
         """It was renamed, linked, or lost one of its names."""
         kept = inode.journaled

@@ -90,6 +90,7 @@ class Mount:
         self.metrics: MetricsServer | None = None
         self.kernel_cache = config.kernel_cache  # the mode in effect
         self._device: str | None = None  # of the mount, in mountinfo; None before there is one
+        self._answering = trio.Event()  # or it never will, and `_unmounted` is set
         self._serving = trio.Event()
         self._unmounted = trio.Event()
         self.finished = trio.Event()
@@ -100,7 +101,7 @@ class Mount:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals)
             self.tasks = Guarded(nursery)
-            self.stack = Stack(self.config, self.backing, self.tasks, self._changed)
+            self.stack = Stack(self.config, self.backing, self.tasks, self._changed, self._gone)
             try:
                 await self._serve(ready, nursery)
             finally:  # of all that is under way, threads that hang in SOURCE included
@@ -117,11 +118,9 @@ class Mount:
         try:
             self._connect(nursery)
             await self._start_services(nursery)
-            await trio.to_thread.run_sync(os.stat, self.config.mountpoint)
-            if self.kernel_cache != "off":
-                await trio.to_thread.run_sync(
-                    negotiate.set_kernel_readahead, self.config.mountpoint, self.config.readahead_max_bytes >> 10
-                )
+            await self._answering.wait()
+            if self.kernel_cache != "off" and self._device is not None:
+                negotiate.set_kernel_readahead(self._device, self.config.readahead_max_bytes >> 10)
             ready({"metrics": self.metrics_url, "notes": notes})
             log.info("serving %s on %s", self.config.source, self.config.mountpoint)
             self._serving.set()
@@ -153,11 +152,16 @@ class Mount:
             log.warning("this kernel cannot map files of a mount that sees every read: using --kernel-cache open")
             self.kernel_cache = "open"
         self.operations = Operations(
-            self.stack.fs, self.kernel_cache, self.config.metadata_ttl_seconds, connection.hand_over
+            self.stack.fs, self.kernel_cache, self.config.metadata_ttl_seconds, functools.partial(self._begin, connection)
         )
         pyfuse3.init(self.operations, f"/dev/fd/{connection.session_fd}", set())
         seam.enable()
         nursery.start_soon(self._serve_fuse)
+
+    def _begin(self, connection: negotiate.Connection) -> None:
+        """From now on requests are answered. We make none of our own: killed before its answer, our thread would wait for ever."""
+        connection.hand_over()
+        self._answering.set()
 
     async def _serve_fuse(self) -> None:
         try:
@@ -167,12 +171,15 @@ class Mount:
             self.exit_status = 1
         finally:
             self._unmounted.set()
+            self._answering.set()
 
     async def _start_services(self, nursery: trio.Nursery) -> None:
         self.tasks.start_service(self.stack.writeback.run)
         self.tasks.start_service(self._sweep)
         self.tasks.start_service(self._retire)
         self.tasks.start_service(self.stack.files.space.watch)
+        if self.stack.watcher is not None:
+            self.tasks.start_service(self.stack.watcher.run)
         await nursery.start(controlserver.serve, self.state.socket_path, self.commands.handlers())
         if self.config.metrics_host is not None:
             token = trio.lowlevel.current_trio_token()
@@ -194,9 +201,12 @@ class Mount:
                 await self.stack.keeper.retire()
 
     def _changed(self, inode: Inode) -> None:
-        """The file's contents changed underneath: the kernel's pages of it are wrong too."""
-        if self.kernel_cache != "off":
-            self.tasks.start_soon(self.invalidate, inode.node)
+        """The file's contents changed underneath: what the kernel knows is wrong too, in mode `off` its size and mapped pages."""
+        self.tasks.start_soon(self.invalidate, inode.node)
+
+    def _gone(self, parent: Inode, name: bytes) -> None:
+        """Somebody else has removed or replaced what had this name: the kernel is to ask again."""
+        pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent.node), pyfuse3.FileNameT(name), ignore_enoent=True)
 
     async def invalidate(self, node: int) -> None:
         """The kernel forgets the attributes of a file and what it has of its contents."""

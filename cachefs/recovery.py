@@ -312,12 +312,11 @@ class Recovery:
     async def _replay(self, journal: Journal, left: Left) -> None:
         inode, record = left.inode, left.record
         assert inode is not None
+        file = self.stack.files.ensure_file(inode)
         await self._keep_theirs(inode, record)
         kept = journal.files[record.file]
         inode.journaled = kept
-        file = self.stack.files.ensure_file(inode)
         inode.mtime_ns = record.mtime_ns
-        inode.signature = signature_of(inode.st)
         if kept.cover or record.cutting:  # else its first write was under way
             if inode.st.st_size != record.size:
                 await self._resize(inode, record.size)
@@ -330,7 +329,15 @@ class Recovery:
         self.stack.fs.drop(inode)
 
     async def _keep_theirs(self, inode: Inode, record: FileRecord) -> None:
-        """Somebody else may have changed the file since: then both versions are kept."""
+        """Somebody else may have changed the file since: then both versions are kept.
+
+        Where a writeback or truncate of ours was under way, their change cannot be told from it.
+        """
+        shown = signature_of(inode.st)[:2]
+        if record.writing or record.cutting or shown in (record.signature[:2], (record.mtime_ns, record.size)):
+            return
+        async with inode.lock:
+            await self.stack.files.conflicts.keep_theirs(inode)
 
     async def _resize(self, inode: Inode, size: int) -> None:
         """A truncate may have been under way; for what was only written, this is done by writing as well."""

@@ -24,6 +24,7 @@ from cachefs.keeper import Keeper
 from cachefs.ledger import Ledger
 from cachefs.statistics import FileSystemStatistics, HistogramSnapshot, Statistics
 from cachefs.tasks import Spawner
+from cachefs.watch import Watcher
 from cachefs.watchdog import Unreachable
 from cachefs.writeback import Writeback
 
@@ -41,9 +42,20 @@ def descriptor_budget() -> int:
 
 
 class Stack:
-    """The parts of one mount. `changed(inode)` is told when a file turns out to have been changed underneath."""
+    """The parts of one mount.
 
-    def __init__(self, config: Config, backing: Backing, tasks: Spawner, changed: Callable[[Inode], None]) -> None:
+    `changed(inode)` is told when a file turns out to have been changed underneath, `gone(parent, name)` when a name does not
+    mean any more what the kernel knows.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        backing: Backing,
+        tasks: Spawner,
+        changed: Callable[[Inode], None],
+        gone: Callable[[Inode, bytes], None],
+    ) -> None:
         self.config = config
         self.started = time.monotonic()
         self.io = BackingIO(backing, tasks, config.backing_timeout_seconds)
@@ -66,8 +78,9 @@ class Stack:
         self.filler = Filler(self.cache, tasks, self.writeback.need_room, self.io.watchdog)
         self.files = Files(
             self.io, self.descriptors, self.cache, self.filler, self.writeback, self.keeper,
-            config.readahead_max_bytes, config.metadata_ttl_seconds, changed,
+            config.readahead_max_bytes, config.metadata_ttl_seconds, changed, gone,
         )  # fmt: skip
+        self.watcher = Watcher(self.descriptors, self.files, gone) if backing.watch_path(root_fd) is not None else None
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
         self.keeper.make_durable = functools.partial(self.io.ask, self.fs.make_durable)
         self.ledger = Ledger(self.fs)
@@ -107,6 +120,7 @@ class Stack:
             writeback=self.writeback.statistics(),
             backing=self.io.statistics(),
             journal=self.keeper.statistics(),
+            conflicts=self.files.conflicts.statistics(),
             filesystem=FileSystemStatistics(
                 durations=durations,
                 open_handles=len(self.files.handles),

@@ -101,7 +101,7 @@ class State:
             self.publish(STOPPING)
 
     def note_end(self, unwritten: Sequence[Mapping[str, object]], kept: str | None) -> None:
-        """Notes what could not be written and where that is kept, for who asked us to end and did not get our last words."""
+        """Leaves a note of what could not be written and where that is kept, for who asked us to end and did not hear us."""
         with contextlib.suppress(CachefsError):
             _write_atomically(os.path.join(self.directory, _END_FILE), json.dumps([os.getpid(), unwritten, kept]))
 

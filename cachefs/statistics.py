@@ -100,6 +100,24 @@ class BackingStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class Conflict:
+    """A file that was changed on both sides. Paths are relative to SOURCE."""
+
+    path: str
+    copy: str
+    kept: str  # whose version the copy has: theirs | ours
+    when: float  # seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
+class ConflictStatistics:
+    """Changes underneath that met unwritten data; each has left a copy."""
+
+    total: int
+    recent: tuple[Conflict, ...]  # the last ones, oldest first
+
+
+@dataclass(frozen=True, slots=True)
 class FileSystemStatistics:
     """Requests that programs made and what is open."""
 
@@ -122,4 +140,5 @@ class Statistics:
     writeback: WritebackStatistics
     backing: BackingStatistics
     journal: JournalStatistics
+    conflicts: ConflictStatistics
     filesystem: FileSystemStatistics

@@ -103,10 +103,11 @@ class World:
             watchdog=self.io.watchdog,
         )
         self.changed: list[Inode] = []  # files that turned out to be changed underneath
+        self.gone: list[tuple[Inode, bytes]] = []  # names that turned out to mean something else
         self.filler = Filler(self.cache, nursery, self.writeback.need_room, self.io.watchdog)
         self.files = Files(
             self.io, self.descriptors, self.cache, self.filler, self.writeback, self.keeper,
-            readahead_pages * PAGE_SIZE, ttl_seconds, self.changed.append,
+            readahead_pages * PAGE_SIZE, ttl_seconds, self.changed.append, lambda *place: self.gone.append(place),
         )  # fmt: skip
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
 
