@@ -159,7 +159,7 @@ class Mount:
         nursery.start_soon(self._serve_fuse)
 
     def _begin(self, connection: negotiate.Connection) -> None:
-        """From now on requests are answered. We make none of our own: killed before its answer, our thread would wait for ever."""
+        """Requests are answered from now on. We make none of our own: were we killed first, our thread would wait for ever."""
         connection.hand_over()
         self._answering.set()
 
@@ -202,11 +202,13 @@ class Mount:
 
     def _changed(self, inode: Inode) -> None:
         """The file's contents changed underneath: what the kernel knows is wrong too, in mode `off` its size and mapped pages."""
-        self.tasks.start_soon(self.invalidate, inode.node)
+        if not self._unmounted.is_set():
+            self.tasks.start_soon(self.invalidate, inode.node)
 
     def _gone(self, parent: Inode, name: bytes) -> None:
         """Somebody else has removed or replaced what had this name: the kernel is to ask again."""
-        pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent.node), pyfuse3.FileNameT(name), ignore_enoent=True)
+        if not self._unmounted.is_set():
+            pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent.node), pyfuse3.FileNameT(name), ignore_enoent=True)
 
     async def invalidate(self, node: int) -> None:
         """The kernel forgets the attributes of a file and what it has of its contents."""

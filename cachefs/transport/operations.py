@@ -52,8 +52,9 @@ def request(method: F) -> F:
 
 
 def wanted(record: logging.LogRecord) -> bool:
-    """Whether a message of pyfuse3 is of interest: not that a request was gone when its answer came, as at an unmount."""
-    return not record.getMessage().endswith(REPLY_TO_NOBODY)
+    """Whether a message of pyfuse3 is of interest: not that nobody was there to be answered or told, as at an unmount."""
+    message = record.getMessage()
+    return not (message.endswith(REPLY_TO_NOBODY) or message.startswith("Failed to submit invalidate_entry"))
 
 
 def caller(ctx: RequestContext) -> Caller:

@@ -219,6 +219,20 @@ def test_a_file_that_others_took_away_lives_on_as_a_copy(mounted: Factory, mode:
     assert conflicts_of(mount)["recent"][0]["kept"] == "ours" and conflicts_of(mount)["total"] == 1
 
 
+@pytest.mark.parametrize("how", ["changed", "removed"])
+def test_a_conflict_that_is_met_at_the_unmount_is_dealt_with_like_any_other(mounted: Factory, how: str) -> None:
+    mount = mounted(*LATER, kernel_cache="keep")
+    mount.announce(KEPT)
+    (mount.path / "file").write_bytes(b"ours")
+    if how == "changed":
+        (mount.source / "file").write_bytes(b"theirs")
+    else:
+        (mount.source / "file").unlink()
+    mount.unmount()
+    assert the_copy(mount) == (b"theirs" if how == "changed" else b"ours")
+    assert how == "removed" or (mount.source / "file").read_bytes() == b"ours"
+
+
 def test_a_file_that_a_program_on_the_mount_removed_leaves_no_copy(mounted: Factory) -> None:
     mount = mounted("--dirty-expire", "0s", "--writeback-interval", "10ms")
     for i in range(50):
