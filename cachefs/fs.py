@@ -201,6 +201,7 @@ class FileSystem:
         """
         if op == "utime":
             await self.files.notice_locked(inode)
+            self.files.keeper.touching(inode)
         await self.descriptors.at(op, inode, method, *args)
         inode.xattrs = NO_XATTRS
         await self.files.readopt(inode, contents=op == "utime", **known)

@@ -200,9 +200,7 @@ class Keeper:
         journal, kept, file = self.journal, inode.journaled, inode.file
         if journal is None or kept is None or file is None:
             return
-        kept.record.signature = inode.signature
-        kept.record.cutting = False
-        kept.record.size = file.size
+        kept.record.size = file.size  # and its signature once it was looked at: see `changed`
         self._remove(journal, inode, kept, _behind(kept, file.size), journal.seq)
         page, tail = divmod(size, PAGE_SIZE)
         if tail and page in kept.cover:  # what lies behind the end must not come back when the file grows
@@ -224,6 +222,14 @@ class Keeper:
         if self.journal is not None and kept is not None:
             kept.record.mtime_ns = inode.mtime_ns
             kept.record.signature = inode.signature
+            kept.record.cutting = False
+            self._note(self.journal, kept)
+
+    def touching(self, inode: Inode) -> None:
+        """Its times are about to be set: if we end half way, that is not somebody else's doing."""
+        kept = inode.journaled
+        if self.journal is not None and kept is not None:
+            kept.record.cutting = True
             self._note(self.journal, kept)
 
     def rebound(self, inode: Inode) -> None:

@@ -159,7 +159,7 @@ class Mount:
         nursery.start_soon(self._serve_fuse)
 
     def _begin(self, connection: negotiate.Connection) -> None:
-        """From now on requests are answered. We make none of our own: killed before its answer, our thread would wait for ever."""
+        """Requests are answered from now on. We make none of our own: were we killed first, our thread would wait for ever."""
         connection.hand_over()
         self._answering.set()
 

@@ -122,6 +122,7 @@ class Watchdog:
         self._heard_at = self._looked_at = clock()
         self._gone = False  # what the last probe said
         self._doubted = False  # a call said that the backing is gone: a probe is to tell
+        self._verdict = trio.lowlevel.ParkingLot()  # who waits for the next probe to end
         self._probed_at = -math.inf
         self._probing: trio.CancelScope | None = None
         self._lost_at = 0.0
@@ -155,11 +156,18 @@ class Watchdog:
                 await question.done.wait()
             return question.take() if wait.known is None else wait.known  # type: ignore[return-value]  # it is memory's T
         except Unreachable:
-            if memory is not None and (known := memory()) is not None:
+            if memory is not None and await self._is_confirmed() and (known := memory()) is not None:
                 return known
             raise
         finally:
             question.give_up()
+
+    async def _is_confirmed(self) -> bool:
+        """Whether the backing is lost, once a probe has told: one file or one file system inside may be what is not there."""
+        with trio.move_on_after(2 * self._suspect_seconds):
+            while self._doubted and not self.silent:
+                await self._verdict.park()
+        return self.silent
 
     @contextlib.contextmanager
     def patience(self, memory: Callable[[], object | None] | None = None) -> Iterator[Wait]:
@@ -317,6 +325,7 @@ class Watchdog:
         self._gone, self._doubted = gone, False
         self._heard_at = self._clock()
         self._judge(self._heard_at)
+        self._verdict.unpark_all()
 
     def _let_others_in(self, overdue: list[Call]) -> None:
         """Calls that hang keep no others from being made: not for ever."""

@@ -182,7 +182,7 @@ class Campaign:
 
     def _complain(self, complaints: Sequence[str]) -> None:
         if complaints:
-            shown = "\n  ".join(complaints[:20])
+            shown = "\n  ".join(complaints[:60])
             options = " ".join(self.place.options)
             raise Crashed(f"{self.summary()}\noptions: {options}\n  {shown}\nlog:\n{self.place.log_text()[-1500:]}")
 

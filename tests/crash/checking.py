@@ -85,7 +85,7 @@ def _file_differences(tree: Tree, path: str, file: File, seen: Seen, pending: Op
     if not stat.S_ISREG(status.st_mode):
         return [f"{path!r} is no file"]
     complaints = [
-        f"{path!r} has {name} {is_now} instead of {should_be}"
+        f"{path!r} (file {file.number}) has {name} {is_now} instead of {should_be}"
         for name, should_be, is_now in (
             ("mode", oct(file.mode), oct(stat.S_IMODE(status.st_mode))),
             ("owner", (file.uid, file.gid), (status.st_uid, status.st_gid)),
@@ -95,7 +95,7 @@ def _file_differences(tree: Tree, path: str, file: File, seen: Seen, pending: Op
     ]
     under_way = pending is not None and pending[1] == file.number
     if file.mtime_ns is not None and status.st_mtime_ns != file.mtime_ns and not under_way:
-        complaints.append(f"{path!r} has mtime {status.st_mtime_ns} instead of {file.mtime_ns}")
+        complaints.append(f"{path!r} (file {file.number}) has mtime {status.st_mtime_ns} instead of {file.mtime_ns}")
     contents = seen.contents()
     if len(contents) != status.st_size:
         complaints.append(f"{path!r} says {status.st_size} bytes and gives {len(contents)}")

@@ -6,6 +6,7 @@ writer and of the mount; the clock is CLOCK_MONOTONIC, the same for all processe
 
 from __future__ import annotations
 
+import itertools
 import marshal
 import os
 import struct
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 INTENT, DONE, FAILED, WRONG = "intent", "done", "failed", "wrong"
-LAST_ENTRIES = 60  # kept for a failure's report
+LAST_ENTRIES = 2000  # kept for a failure's report
 _LENGTH = struct.Struct("<I")
 
 
@@ -56,9 +57,17 @@ class Record:
     def size(self) -> int:
         return os.fstat(self.fd).st_size
 
-    def last(self, count: int) -> list[Entry]:
-        """The last entries that were read: for people."""
-        return list(self._last)[-count:]
+    def last(self, numbers: set[int]) -> list[str]:
+        """For people: the last operations on these files, and the last one of all, with the time in seconds."""
+        lines = []
+        for intent, end in itertools.pairwise(self._last):
+            if intent.what == INTENT and (numbers.intersection(map(_number, intent.detail)) or end is self._last[-1]):
+                lines.append(f"{intent.time_ns / 1e9:.6f} {intent.detail} -> {end.what} {end.detail} {end.time_ns / 1e9:.6f}")
+        return lines[-40:]
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+def _number(word: object) -> int:
+    return word if isinstance(word, int) else -1

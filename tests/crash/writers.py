@@ -6,6 +6,7 @@ import errno
 import faulthandler
 import mmap
 import os
+import re
 import signal
 import traceback
 from collections.abc import Mapping
@@ -153,5 +154,6 @@ class FileWriter(Writer):
         complaints, self.tree = check(self.tree, self.pending, root / self.name)
         self.pending = None
         if complaints:
-            complaints.append(f"{self.name}, the last entries: {[(what, detail) for what, _, detail in self.record.last(24)]}")
+            numbers = {int(number) for line in complaints for number in re.findall(r"\(file (\d+)\)", line)}
+            complaints += [f"  {self.name}: {line}" for line in self.record.last(numbers)]
         return complaints

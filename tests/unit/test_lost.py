@@ -328,3 +328,19 @@ async def test_the_errnos_of_a_backing_that_is_gone_become_eio(world: World) -> 
             await world.fs.lookup(world.table.root, b"file")
     world.backing.set_plan([])
     await until(lambda: not world.io.watchdog.lost)
+
+
+@lost(readahead_pages=0)
+async def test_a_page_whose_reading_hangs_can_not_be_written_until_it_is_back(world: World) -> None:
+    entry(world.top / "file", b"x" * 4 * PAGE_SIZE)
+    _, number = await world.open("file")
+    world.backing.set_plan([HANG])
+    with refused():
+        await world.read(number, 0, PAGE_SIZE)
+    with refused():
+        await world.files.write(number, 0, b"w" * PAGE_SIZE)
+    await world.files.write(number, PAGE_SIZE, b"w" * PAGE_SIZE)  # its neighbour can
+    world.backing.set_plan([])
+    await until(lambda: not world.io.watchdog.lost)
+    await world.files.write(number, 0, b"w" * PAGE_SIZE)
+    assert await world.read(number, 0, 2 * PAGE_SIZE) == b"w" * 2 * PAGE_SIZE

@@ -365,3 +365,21 @@ def test_nobody_watches_a_local_backing() -> None:
         assert not watchdog.watching
 
     trio.run(main)
+
+
+@kennel
+async def test_memory_does_not_answer_for_a_part_of_the_backing_that_is_gone_while_the_rest_is_there(kennel: Kennel) -> None:
+    dog = kennel.watchdog
+
+    async def gone() -> None:
+        dog.doubt()
+        raise Unreachable(errno.EIO, "")
+
+    async with trio.open_nursery() as nursery:
+        asked = Asked(nursery, dog, gone, memory=lambda: "known")
+        await kennel.step(1.0)
+        assert asked.result == "EIO"
+        kennel.error = OSError(errno.ENOTCONN, "")
+        asked = Asked(nursery, dog, gone, memory=lambda: "known")
+        await kennel.step(2.0)
+        assert asked.result == "known"
