@@ -65,7 +65,7 @@ class Commands:
         """Lists what is not on the backing of a path; asks nothing of the backing."""
         for part in self.ledger.parts(path=path_of(request)):
             await send({"unwritten": part})
-        await send({"done": True, "kept": self.stack.keeper.place or f"in the memory of process {os.getpid()} until that ends"})
+        await send({"done": True, "kept": self.mount.kept or f"in the memory of process {os.getpid()} until that ends"})
 
     async def _sync(self, request: Mapping[str, object], send: Send) -> None:
         """Writes out what is at or below a path and has the backing make it durable; lists what could not be."""
@@ -125,7 +125,7 @@ class Commands:
                 await self.mount.finished.wait()
             for start in range(0, len(self.mount.failed), ENTRIES_AT_ONCE):
                 await send({"unwritten": self.mount.failed[start : start + ENTRIES_AT_ONCE]})
-            await send({"done": True, "kept": self.mount.kept})
+            await send({"done": True, "kept": self.mount.kept_at_end})
         finally:
             self.pending -= 1
             self.answered.unpark_all()

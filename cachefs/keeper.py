@@ -43,13 +43,6 @@ class Keeper:
         self.written_through = 0  # writes that the journal could not take
         self._failing = False
 
-    @property
-    def place(self) -> str | None:
-        """Where unwritten data outlives this process, for people; None if it does not."""
-        if self.journal is None:
-            return None
-        return f"in the journal {self.journal.directory}, for the next mount of SOURCE"
-
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def full(self, nbytes: int) -> bool:
@@ -131,7 +124,7 @@ class Keeper:
         if journal is None or kept is None:
             return
         pages = [page for offset, nbytes in extents for page in _pages(offset, nbytes)]
-        kept.record.writing = inode.unsure
+        kept.record.writing, kept.record.cutting = inode.unsure, False
         kept.record.signature = inode.signature
         self._remove(journal, inode, kept, pages, last_seq)
 

@@ -319,6 +319,7 @@ class Recovery:
         inode.mtime_ns = record.mtime_ns
         if kept.cover or record.cutting:  # else its first write was under way
             if ours_may_go_there and inode.st.st_size != record.size:
+                self.stack.keeper.touching(inode)
                 await self._resize(inode, record.size)
             self.stack.cache.truncate(file, record.size)
         await self._load(journal, inode, kept)
