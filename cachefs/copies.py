@@ -14,6 +14,7 @@ import time
 from backing.base import Backing
 from cachefs.backingio import write_fully
 from cachefs.inode import Signature, signature_of
+from cachefs.watchdog import getting_on
 
 NUMBER_MAX = 100_000  # copies of one name and second
 CHUNK_BYTES = 1 << 20  # for each read of a copy
@@ -64,6 +65,7 @@ def copy_piece(backing: Backing, fd: int, to_fd: int, offset: int, end: int) -> 
     buffer = memoryview(bytearray(CHUNK_BYTES))
     zeros = bytes(CHUNK_BYTES)
     while offset < end:
+        getting_on(2 * CHUNK_BYTES)
         nbytes = backing.preadv(fd, [buffer[: end - offset]], offset)
         if not nbytes:
             break

@@ -86,7 +86,7 @@ class Files:
         self.data = DataDescriptors(io, descriptors)
         self.space = Space(io, descriptors, writeback)
         self.conflicts = Conflicts(io, descriptors, self.data, self._noticed, gone)
-        self.data.keep_theirs = self.conflicts.keep_theirs
+        self.data.keep_theirs = self._keep_theirs
         self.data.keep_ours = self._keep_ours
         self.data.looked = self.absorb
         self.opened: Callable[[Inode], None] = lambda inode: None
@@ -226,6 +226,12 @@ class Files:
         finally:
             inode.busy -= 1
             self.data.settle(inode)
+
+    async def _keep_theirs(self, inode: Inode) -> None:
+        """For writeback, which has begun and written nothing."""
+        self.keeper.halt(inode)
+        await self.conflicts.keep_theirs(inode)
+        self.keeper.begin(inode)
 
     async def _keep_ours(self, inode: Inode) -> None:
         if await self.conflicts.keep_ours(inode) is not None:

@@ -110,13 +110,21 @@ class Keeper:
             self._note(journal, kept)
         return journal.seq
 
-    def end(self, inode: Inode, extents: list[tuple[int, int]], last_seq: int, failed: bool) -> None:
+    def halt(self, inode: Inode) -> None:
+        """Writeback has written nothing yet, and something else comes first: what changes meanwhile is not of our making."""
+        kept = inode.journaled
+        if self.journal is not None and kept is not None:
+            kept.record.writing = False
+            kept.record.signature = inode.signature
+            self._note(self.journal, kept)
+
+    def end(self, inode: Inode, extents: list[tuple[int, int]], last_seq: int) -> None:
         """The backing has these extents (offset, bytes) as they were at `last_seq`, the result of `begin`."""
         journal, kept = self.journal, inode.journaled
         if journal is None or kept is None:
             return
         pages = [page for offset, nbytes in extents for page in _pages(offset, nbytes)]
-        kept.record.writing, kept.record.cutting = failed, False
+        kept.record.writing, kept.record.cutting = inode.unsure, False
         kept.record.signature = inode.signature
         self._remove(journal, inode, kept, pages, last_seq)
 

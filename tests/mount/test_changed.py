@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import mmap
 import os
 import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -358,6 +361,79 @@ def test_where_the_directory_is_read_only_nothing_is_overwritten_and_ours_waits(
     mount.ask("sync")
     assert the_copy(mount) == (b"theirs" if how == "changed" else b"ours")
     assert how == "removed" or (directory / "file").read_bytes() == b"ours"
+
+
+# --- killed
+
+
+def killed(mount: Mount) -> None:
+    mount.process.send_signal(signal.SIGKILL)
+    mount.process.wait(60)
+
+
+def put_plan(path: Path, *rules: dict[str, object]) -> None:
+    """Makes `rules` the faults of SOURCE."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(rules))
+    new.rename(path)
+
+
+def test_what_others_changed_while_nothing_was_mounted_is_kept_by_the_next_mount(mounted: Factory) -> None:
+    mount = mounted(*LATER)
+    mount.announce(KEPT)
+    (mount.path / "file").write_bytes(b"ours")
+    killed(mount)
+    (mount.source / "file").write_bytes(b"theirs, and longer")
+    mount.start()
+    assert (mount.source / "file").read_bytes() == (mount.path / "file").read_bytes() == b"ours"
+    assert the_copy(mount) == b"theirs, and longer" and conflicts_of(mount)["total"] == 1
+
+
+@pytest.mark.parametrize("operation", ["fsync", "open"])
+def test_a_kill_before_a_copy_is_whole_costs_neither_side_anything(mounted: Factory, operation: str, tmp_path: Path) -> None:
+    """While it is made (fsync hangs), or when it could not be made (open fails)."""
+    plan = tmp_path / "plan"
+    put_plan(plan)
+    mount = mounted(*LATER, "--metadata-ttl", "0s", "--fault-plan", str(plan))
+    for line in (KEPT, "cannot write to the backing: ENOSPC"):
+        mount.announce(line)
+    fd = os.open(mount.path / "file", RDWR_CREAT)
+    os.write(fd, b"ours")
+    (mount.source / "file").write_bytes(b"theirs, and longer")
+    put_plan(plan, {"op": "fsync", "hang": True} if operation == "fsync" else {"op": "open", "errno": "ENOSPC"})
+    syncing = threading.Thread(target=outcome, args=(os.fsync, fd))
+    syncing.start()
+    if operation == "fsync":
+        wait_until(lambda: b"theirs, and longer" in copies(mount).values(), "a copy")
+    else:
+        syncing.join()
+    killed(mount)
+    syncing.join()
+    assert outcome(os.close, fd) == "ENOTCONN"
+    assert (mount.source / "file").read_bytes() == b"theirs, and longer"
+    put_plan(plan)
+    mount.start()
+    assert (mount.source / "file").read_bytes() == b"ours"
+    assert set(copies(mount).values()) == {b"theirs, and longer"}
+    assert conflicts_of(mount)["total"] == 1, "the unfinished one was not counted"
+
+
+@as_root
+def test_a_mount_that_finds_no_room_for_a_copy_keeps_both_and_goes_on(mounted: Factory) -> None:
+    mount = mounted_on_tmpfs(mounted, "1M")
+    for line in (KEPT, "ENOSPC", "cannot be written now"):
+        mount.announce(line)
+    (mount.path / "file").write_bytes(b"ours")
+    killed(mount)
+    theirs = random.Random(4).randbytes(600 << 10)
+    (mount.source / "file").write_bytes(theirs)
+    mount.start()
+    assert (mount.path / "file").read_bytes() == b"ours" and (mount.source / "file").read_bytes() == theirs
+    subprocess.run(["mount", "-o", "remount,size=8M", mount.source], check=True, timeout=60)
+    wait_until(lambda: not mount.ask("sync")["unwritten"], "room")
+    assert (mount.source / "file").read_bytes() == b"ours" and the_copy(mount) == theirs
+    mount.unmount()
+    subprocess.run(["umount", mount.source], check=True, timeout=60)
 
 
 # --- a thousand
