@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 
-import pyfuse3
 import trio
 
 from backing.base import Backing
@@ -25,8 +24,8 @@ from cachefs.state import State
 from cachefs.statistics import Statistics
 from cachefs.store import make_backing
 from cachefs.tasks import Guarded
-from cachefs.transport import negotiate, seam
-from cachefs.transport.operations import Operations
+from cachefs.transport import negotiate
+from cachefs.transport.session import open_session
 
 log = logging.getLogger(__name__)
 
@@ -116,16 +115,14 @@ class Mount:
         if self.kernel_cache == "off" and not connection.direct_mmap:
             log.warning("this kernel cannot map files of a mount that sees every read: using --kernel-cache open")
             self.kernel_cache = "open"
-        self.operations = Operations(
-            self.stack.fs, self.kernel_cache, self.config.metadata_ttl_seconds, connection.hand_over
+        self.session = open_session(
+            connection, self.stack.fs, self.kernel_cache, self.config.metadata_ttl_seconds, self.config.fast_lane
         )
-        pyfuse3.init(self.operations, f"/dev/fd/{connection.session_fd}", set())
-        seam.enable()
         nursery.start_soon(self._serve_fuse)
 
     async def _serve_fuse(self) -> None:
         try:
-            await pyfuse3.main()
+            await self.session.run()
         except Exception:
             log.critical("no more requests can be served", exc_info=True)  # what was acknowledged is still written out
             self.exit_status = 1
@@ -156,7 +153,7 @@ class Mount:
 
     async def _invalidate(self, node: int) -> None:
         with contextlib.suppress(OSError):  # the kernel may not know it any more
-            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, pyfuse3.InodeT(node))
+            await trio.to_thread.run_sync(self.session.invalidate, node)
 
     # --- stopping ------------------------------------------------------------------------------------------------------
 
@@ -182,7 +179,7 @@ class Mount:
         with trio.move_on_after(GRACE_SECONDS):
             await self._unmounted.wait()
         if not self._unmounted.is_set():
-            pyfuse3.terminate()  # else what is acknowledged from now on would miss the last writeback
+            self.session.terminate()  # else what is acknowledged from now on would miss the last writeback
             with trio.move_on_after(GRACE_SECONDS):
                 await self._unmounted.wait()
             self._unmounted.set()
@@ -220,7 +217,7 @@ class Mount:
             self.exit_status = 1
         if os.environ.get("CACHEFS_CHECK"):
             self._check()
-        pyfuse3.close(unmount=False)
+        self.session.close()
         if self.metrics is not None:
             self.metrics.close()
         log.info("unmounted %s", self.config.mountpoint)
@@ -244,5 +241,5 @@ class Mount:
         return self.metrics.url if self.metrics is not None else None
 
     def statistics(self) -> Statistics:
-        durations = {op: histogram.snapshot() for op, histogram in self.operations.durations.items()}
+        durations = {op: histogram.snapshot() for op, histogram in self.session.durations.items()}
         return self.stack.statistics(self.kernel_cache, durations)
