@@ -10,7 +10,6 @@ import errno
 import functools
 import logging
 import os
-import select
 import time
 import types
 from collections.abc import Callable, Coroutine, Generator
@@ -24,7 +23,7 @@ from cachefs.statistics import Histogram
 from cachefs.transport import wire
 from cachefs.transport.dispatch import Answer, Dispatch, WireOperations
 from cachefs.transport.negotiate import REQUEST_MAX_BYTES
-from cachefs.transport.patience import LOOK_NS, Patience
+from cachefs.transport.waiting import Waiting
 from cachefs.transport.wire import IN_HEADER, OUT_HEADER, READ, REQUEST, Request
 
 log = logging.getLogger(__name__)
@@ -46,9 +45,7 @@ class Lane:
         self._handlers = Dispatch(operations).handlers
         self._files = operations.files
         self._read_durations: Histogram = operations.durations["read"]
-        self._patience = Patience()
-        self._poller = select.poll()
-        self._poller.register(fd, select.POLLIN)
+        self._waiting = Waiting(fd)
         self._turn_began = 0.0
         self._workers = 0
         self._idle: list[trio.lowlevel.Task] = []  # workers with nothing to do, the latest last
@@ -138,32 +135,14 @@ class Lane:
             try:
                 return os.readv(self.fd, vector)
             except BlockingIOError:
-                await self._wait()
+                if await self._waiting.wait():
+                    self._turn_began = time.perf_counter()
             except OSError as error:
                 if error.errno in (errno.ENODEV, errno.ECONNABORTED):  # unmounted, or told to abort
                     self._end()
                 elif error.errno != errno.ENOENT:  # that one was taken back before we had it
                     raise
         return 0
-
-    async def _wait(self) -> None:
-        """Until there may be a request: looks for one for a moment where that has paid, then sleeps."""
-        began, patience = time.perf_counter_ns(), self._patience
-        looks = patience.trust and not trio.lowlevel.current_statistics().tasks_runnable
-        if looks:
-            poll, end = self._poller.poll, began + LOOK_NS
-            while time.perf_counter_ns() < end:
-                if poll(0):
-                    patience.met()
-                    return
-            patience.in_vain()
-        try:
-            await trio.lowlevel.wait_readable(self.fd)
-        except trio.ClosedResourceError:
-            return
-        self._turn_began = time.perf_counter()
-        if not looks:
-            patience.slept(time.perf_counter_ns() - began)
 
     def _answer_hit(self, unique: int, handle: int, offset: int, size: int) -> bool:
         """Answers a READ whose pages are all here; False, and nothing done, if they are not."""
