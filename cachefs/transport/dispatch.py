@@ -107,7 +107,7 @@ class Dispatch:
         return await self.operations.readlink(request.node, request)
 
     async def symlink(self, request: Request) -> Answer:
-        name, target = request.names(0, 2)
+        name, target = wire.symlink_in(request)
         return await self.operations.symlink(request.node, name, target, request)
 
     async def mknod(self, request: Request) -> Answer:
@@ -226,7 +226,7 @@ class Dispatch:
                 raise FUSEError(errno.EEXIST)
 
     async def removexattr(self, request: Request) -> Answer:
-        await self.operations.removexattr(request.node, request.name(), request)
+        await self.operations.removexattr(request.node, wire.xattr_in(request), request)
         return DONE
 
     async def interrupt(self, request: Request) -> None:

@@ -24,7 +24,7 @@ from cachefs.transport import wire
 from cachefs.transport.dispatch import Answer, Dispatch, WireOperations
 from cachefs.transport.negotiate import REQUEST_MAX_BYTES
 from cachefs.transport.waiting import Waiting
-from cachefs.transport.wire import IN_HEADER, OUT_HEADER, READ, REQUEST, Request
+from cachefs.transport.wire import IN_HEADER, OUT_HEADER, READ, READ_BYTES, REQUEST, Request
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,12 @@ class Lane:
 
     async def run(self) -> None:
         """Serves until the file system is unmounted, or `terminate` was called; ends when the last request is answered."""
-        async with trio.open_nursery() as self._nursery:
-            self._hand_on()
+        await self._waiting.start()
+        try:
+            async with trio.open_nursery() as self._nursery:
+                self._hand_on()
+        finally:
+            self._waiting.stop()
 
     def terminate(self) -> None:
         """Reads no more requests."""
@@ -85,7 +89,7 @@ class Lane:
                 said, opcode, unique, node, uid, gid, pid, _, handle, offset, size = unpack(buffer)
                 if length != said or length < IN_HEADER.size:
                     self._refuse(length, opcode, unique)
-                elif opcode != READ or not self._answer_hit(unique, handle, offset, size):
+                elif opcode != READ or length != READ_BYTES or not self._answer_hit(unique, handle, offset, size):
                     request = Request(unique, node, uid, gid, pid, body[: length - IN_HEADER.size])
                     waited = await until_it_waits(self._serve(opcode, request), self._hand_on)
                     if waited and not await self._wait_for_lead():
@@ -133,7 +137,9 @@ class Lane:
             self._turn_began = time.perf_counter()
         while not self._over:
             try:
-                return os.readv(self.fd, vector)
+                if length := os.readv(self.fd, vector):
+                    return length
+                self._end()
             except BlockingIOError:
                 if await self._waiting.wait():
                     self._turn_began = time.perf_counter()

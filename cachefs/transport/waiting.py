@@ -46,21 +46,43 @@ class Patience:
             self.trust += 1
 
 
+class Runnable(trio.abc.Instrument):
+    """The tasks that trio is going to run next. Its own figures leave out those of the turn under way that wait still."""
+
+    def __init__(self) -> None:
+        self.tasks: set[trio.lowlevel.Task] = set()
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        self.tasks.add(task)
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.tasks.discard(task)
+
+
 class Waiting:
     """Waits for `fd` to be readable, by the one task at a time that wants to know."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.patience = Patience(len(os.sched_getaffinity(0)))
+        self._runnable = Runnable()
         self._trio_fd = trio_descriptor()
         self._poller = select.poll()
         for each in {fd, self._trio_fd} - {-1}:
             self._poller.register(each, select.POLLIN)
 
+    async def start(self) -> None:
+        """To be called first."""
+        trio.lowlevel.add_instrument(self._runnable)
+        for _ in range(2):  # tasks that were scheduled before have run then
+            await trio.lowlevel.checkpoint()
+
+    def stop(self) -> None:
+        trio.lowlevel.remove_instrument(self._runnable)
+
     async def wait(self) -> bool:
         """Until `fd` may be readable, or other tasks have had a turn; whether they had."""
-        others = trio.lowlevel.current_statistics()
-        if others.tasks_runnable or others.run_sync_soon_queue_size:
+        if self._runnable.tasks:
             await trio.lowlevel.checkpoint()
             return True
         patience, began = self.patience, time.perf_counter_ns()
@@ -74,7 +96,7 @@ class Waiting:
             if self._trio_fd < 0:
                 await self._sleep_in_trio()
                 return True
-            ready = self._sleep(others.seconds_to_next_deadline)
+            ready = self._sleep()
             if not looked and any(fd == self.fd for fd, _ in ready):
                 patience.slept(time.perf_counter_ns() - began)
         if len(ready) == 1 and ready[0][0] == self.fd:
@@ -89,12 +111,13 @@ class Waiting:
             ready = poll(0)
         return ready
 
-    def _sleep(self, seconds: float) -> list[tuple[int, int]]:
+    def _sleep(self) -> list[tuple[int, int]]:
         """Every other task sleeps as well. So this one sleeps for all, on trio's descriptor too and until its next deadline.
 
         To go to the same sleep through trio's scheduler, and back, costs more than a hit.
         """
-        return self._poller.poll(None if seconds == math.inf else seconds * 1000)
+        seconds = trio.lowlevel.current_statistics().seconds_to_next_deadline
+        return self._poller.poll(None if seconds == math.inf else max(0.0, seconds * 1000))
 
     async def _sleep_in_trio(self) -> None:
         try:

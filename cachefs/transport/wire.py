@@ -20,6 +20,7 @@ READDIRPLUS, RENAME2 = 44, 45
 IN_HEADER: Final = Struct("=IIQQIIII")  # length, opcode, unique, node, uid, gid, pid, extensions
 # The header, and the first three fields of what READ and WRITE (and READDIRPLUS) have behind it: handle, offset, size.
 REQUEST: Final = Struct("=IIQQIIIIQQI")
+READ_BYTES: Final = 80  # a whole READ
 WRITE_DATA: Final = 40  # where the data of a WRITE begins in its body
 OUT_HEADER: Final = Struct("=IiQ")  # length, -errno, unique
 ENTRY: Final = Struct("=QQQQII")  # node, generation, seconds and nanoseconds that the name and the attributes are good for
@@ -41,7 +42,10 @@ FSYNC_DATASYNC = 1
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = (1 << bit for bit in range(6))
 NOTIFY_INVAL_INODE = 2
 _INVAL_INODE = Struct("=QqQ")
-MASK32 = 0xFFFFFFFF
+NO_NAMES: Final = (b"", b".", b"..")
+TRANSFER_MAX: Final = 1 << 20  # most bytes of one READ or WRITE, as INIT has it
+OFFSET_MAX: Final = (1 << 63) - 1
+MASK32: Final = 0xFFFFFFFF
 SECOND_NS = 1_000_000_000
 
 
@@ -57,12 +61,20 @@ class Request:
     body: memoryview
     umask: int = 0
 
-    def names(self, at: int, count: int) -> list[bytes]:
-        """The `count` names, each ended by a NUL, that begin at `body[at]`."""
-        names = bytes(self.body[at:]).split(b"\0", count)
-        if len(names) <= count:
+    def texts(self, at: int, count: int) -> list[bytes]:
+        """The `count` texts, each ended by a NUL, that begin at `body[at]`."""
+        texts = bytes(self.body[at:]).split(b"\0", count)
+        if len(texts) <= count:
             raise ValueError("a name is missing or has no end")
-        return names[:count]
+        return texts[:count]
+
+    def names(self, at: int, count: int) -> list[bytes]:
+        """The same, of names in a directory: one that is a path would lead out of SOURCE."""
+        names = self.texts(at, count)
+        for name in names:
+            if b"/" in name or name in NO_NAMES:
+                raise ValueError("a name is none")
+        return names
 
     def name(self, at: int = 0) -> bytes:
         return self.names(at, 1)[0]
@@ -144,8 +156,10 @@ def open_in(body: memoryview) -> int:
 
 def transfer_in(body: memoryview) -> tuple[int, int, int]:
     """Handle, offset and size of READ, WRITE and READDIRPLUS."""
-    found: tuple[int, int, int] = _TRANSFER.unpack_from(body)
-    return found
+    handle, offset, size = _TRANSFER.unpack_from(body)
+    if size > TRANSFER_MAX or offset > OFFSET_MAX - size:
+        raise ValueError("more bytes than were agreed on, or none that can be")
+    return handle, offset, size
 
 
 def fsync_in(body: memoryview) -> tuple[int, bool]:
@@ -154,10 +168,21 @@ def fsync_in(body: memoryview) -> tuple[int, bool]:
     return handle, bool(flags & FSYNC_DATASYNC)
 
 
+def symlink_in(request: Request) -> tuple[bytes, bytes]:
+    """The name, and what it is to point to."""
+    name = request.name()
+    return name, request.texts(len(name) + 1, 1)[0]
+
+
+def xattr_in(request: Request, at: int = 0) -> bytes:
+    """The name of an extended attribute."""
+    return request.texts(at, 1)[0]
+
+
 def setxattr_in(request: Request) -> tuple[bytes, bytes, int]:
     """Name, value and flags."""
     size, flags = _TWO_U32.unpack_from(request.body)
-    name = request.name(_TWO_U32.size)
+    name = xattr_in(request, _TWO_U32.size)
     start = _TWO_U32.size + len(name) + 1
     value = bytes(request.body[start : start + size])
     if len(value) != size:
@@ -167,7 +192,7 @@ def setxattr_in(request: Request) -> tuple[bytes, bytes, int]:
 
 def getxattr_in(request: Request) -> tuple[int, bytes]:
     """How much room there is for the value (0: only its size is asked for), and the name."""
-    return _TWO_U32.unpack_from(request.body)[0], request.name(_TWO_U32.size)
+    return _TWO_U32.unpack_from(request.body)[0], xattr_in(request, _TWO_U32.size)
 
 
 def listxattr_in(body: memoryview) -> int:
