@@ -16,6 +16,7 @@ import lmdb
 
 from cachefs.journal.index import VERSION
 from cachefs.journal.records import BadRecord, FileRecord, PagesRecord, records_in, unpack_file, unpack_pages
+from cachefs.journal.rows import rows_in
 
 READ_BYTES = 1 << 20
 
@@ -50,8 +51,19 @@ class Found:
             self.files[record.file] = record
 
 
-def load(path: str) -> Found | None:
-    """What the index at `path` says; None where there is none. To be called before there are threads: it forks."""
+def load(path: str, rows: str | None = None) -> Found | None:
+    """What the index at `path` says, and the table of rows beside it; None where there is none.
+
+    To be called before there are threads: it forks.
+    """
+    found = _load(path)
+    if found is not None and rows is not None:
+        for row in rows_in(rows):
+            found.add(row)
+    return found.followed() if found is not None else None
+
+
+def _load(path: str) -> Found | None:
     try:
         if not os.stat(path).st_size:
             return None
@@ -98,7 +110,7 @@ def read(env: lmdb.Environment) -> Found:
                     found.meta[key] = value
                 else:
                     _take(found, take, value)
-    return found.followed()
+    return found
 
 
 def _take(found: Found, unpack: object, value: bytes) -> None:
@@ -121,4 +133,4 @@ def salvage(path: str, reason: str) -> Found:
         elif record.seq not in seen:  # LMDB keeps copies
             seen.add(record.seq)
             found.add(record)
-    return found.followed()
+    return found

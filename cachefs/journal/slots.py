@@ -4,14 +4,13 @@ A slot that is taken is never written again before it is given back, so what was
 to a later write. Low slots are taken first: the file stays short, and the same few blocks of the disk are used again.
 """
 
+import mmap
 import os
 from collections.abc import Sequence
 
-from cachefs.cache.page import ALL, FIRST, GROUP_PAGES, GROUP_SHIFT, PAGE_SHIFT
+from cachefs.cache.page import ALL, FIRST, GROUP_PAGES, GROUP_SHIFT, PAGE_SHIFT, PAGE_SIZE
 
-# Of one pwrite. A longer one leaves the kernel with larger pieces of the file (folios), and ext4 looks at each block of such
-# a piece at every later write into it: 4 KiB after 1 MiB cost 5.3 us instead of 2.2, or 16 on a busy machine.
-CALL_BYTES = 64 << 10
+RESERVE_SLOTS = 4096  # room on the disk is set aside in steps of 16 MiB
 
 Run = tuple[int, int]  # (first slot, count)
 
@@ -106,10 +105,30 @@ def first_run(mask: int, count: int) -> int:
 
 
 class SlotFile:
-    """The file behind the slots. Written with pwrite: the kernel has the bytes when it returns, whatever becomes of us."""
+    """The file behind the slots. Whatever becomes of us, the kernel has what was written: single pages through a shared
+    mapping, which costs a fifth of a pwrite, longer runs by pwrite, which does not fault page by page.
+    """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, slots: int) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self.reserved = 0  # slots that the disk has set room aside for, and that are mapped
+        self._slots = slots
+        self._map = mmap.mmap(-1, PAGE_SIZE)
+
+    def reserve(self, slots: int) -> int:
+        """Has the disk set room aside for so many, or some more: a store into a mapped page without would kill the process."""
+        wanted = min(self._slots, -(-slots // RESERVE_SLOTS) * RESERVE_SLOTS)
+        os.posix_fallocate(self.fd, 0, wanted << PAGE_SHIFT)
+        self._map.close()
+        self._map = mmap.mmap(self.fd, wanted << PAGE_SHIFT)
+        self._map.madvise(mmap.MADV_RANDOM)
+        self.reserved = wanted
+        return wanted
+
+    def write_one(self, slot: int, data: memoryview) -> None:
+        """Writes one page into a slot that is reserved."""
+        start = slot << PAGE_SHIFT
+        self._map[start : start + PAGE_SIZE] = data
 
     def write(self, runs: Sequence[Run], data: memoryview) -> None:
         """Writes pages into `runs` one after the other; OSError where the disk takes less."""
@@ -117,7 +136,7 @@ class SlotFile:
         for slot, count in runs:
             offset, stop = slot << PAGE_SHIFT, at + (count << PAGE_SHIFT)
             while at < stop:
-                nbytes = os.pwrite(self.fd, data[at : min(stop, at + CALL_BYTES)], offset)
+                nbytes = os.pwrite(self.fd, data[at:stop], offset)
                 at, offset = at + nbytes, offset + nbytes  # short where the disk is full; the next one says so
 
     def read(self, run: Run) -> bytes:
@@ -129,4 +148,5 @@ class SlotFile:
         os.fdatasync(self.fd)
 
     def close(self) -> None:
+        self._map.close()
         os.close(self.fd)

@@ -50,7 +50,7 @@ def rows_of(file: JournalFile) -> list[PagesRecord]:
     record = file.record
     return [
         PagesRecord(
-            entry.seq, record.file, entry.page, *entry.run, entry.checksum, record.size, record.mtime_ns, entry.live
+            entry.seq, record.file, entry.page, entry.slot, entry.count, entry.checksum, record.size, record.mtime_ns, entry.live
         )
         for entry in set(file.cover.values())
     ]

@@ -6,6 +6,7 @@ that needs a thread, a writer held back), the leader hands the lead on just befo
 where it is. So there is one way to handle a request, whether it waits or not, and hits are never behind somebody's miss.
 """
 
+import contextlib
 import errno
 import functools
 import logging
@@ -29,7 +30,7 @@ from cachefs.transport.wire import IN_HEADER, OUT_HEADER, READ, READ_BYTES, REQU
 log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.0005  # at most that long without a turn for other tasks, however many hits there are
-WORKERS_MAX = 256  # requests under way at once; each has memory for the largest request, touched when one came
+WORKERS_MAX = 500  # requests under way at once: some hundred that wait for SOURCE must not keep hits from being answered
 IDLE_MAX = 8  # workers kept for the next requests that wait
 GONE = (errno.ENOENT, errno.ENODEV, errno.EPERM, errno.ECONNABORTED)  # nobody waits for that answer any more
 
@@ -37,9 +38,12 @@ GONE = (errno.ENOENT, errno.ENODEV, errno.EPERM, errno.ECONNABORTED)  # nobody w
 class Lane:
     """Serves one mount whose INIT has been answered, on `fd`, which it owns."""
 
-    def __init__(self, fd: int, fs: FileSystem, kernel_cache: str, ttl_seconds: float) -> None:
+    def __init__(
+        self, fd: int, fs: FileSystem, kernel_cache: str, ttl_seconds: float, begun: Callable[[], None] = lambda: None
+    ) -> None:
         os.set_blocking(fd, False)
         self.fd = fd
+        self.begun = begun
         operations = WireOperations(fs, kernel_cache, ttl_seconds, functools.partial(self.invalidate, attributes_only=True))
         self.durations = operations.durations
         self._handlers = Dispatch(operations).handlers
@@ -51,6 +55,8 @@ class Lane:
         self._idle: list[trio.lowlevel.Task] = []  # workers with nothing to do, the latest last
         self._led = False  # whether one of the workers leads
         self._over = False
+        self._nursery: trio.Nursery | None = None
+        self._forgetting = trio.CapacityLimiter(1)
 
     # --- as a session ---------------------------------------------------------------------------------------------------
 
@@ -60,6 +66,7 @@ class Lane:
         try:
             async with trio.open_nursery() as self._nursery:
                 self._hand_on()
+                self.begun()
         finally:
             self._waiting.stop()
 
@@ -77,6 +84,16 @@ class Lane:
         Waits for requests of ours unless `attributes_only`: then not for the trio thread.
         """
         os.write(self.fd, wire.inval_inode(node, attributes_only))
+
+    def forget_name(self, parent: int, name: bytes) -> None:
+        """Makes the kernel look a name up again, soon."""
+        if self._nursery is not None and not self._over:
+            self._nursery.start_soon(self._forget_name, wire.inval_entry(parent, name))
+
+    async def _forget_name(self, message: bytes) -> None:
+        with contextlib.suppress(OSError):  # it may not know the name, or be unmounted by now
+            # In a thread, one at a time: it waits for requests of ours.
+            await trio.to_thread.run_sync(os.write, self.fd, message, limiter=self._forgetting, abandon_on_cancel=True)
 
     # --- workers --------------------------------------------------------------------------------------------------------
 
@@ -102,7 +119,7 @@ class Lane:
         self._led = bool(self._idle) or self._workers < WORKERS_MAX
         if self._idle:
             trio.lowlevel.reschedule(self._idle.pop())
-        elif self._led:
+        elif self._led and self._nursery is not None:
             self._workers += 1
             self._nursery.start_soon(self._work)
 

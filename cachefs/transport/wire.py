@@ -40,8 +40,8 @@ _FSYNC, _TRANSFER = Struct("=QI"), Struct("=QQI")
 OPEN_DIRECT_IO, OPEN_KEEP_CACHE = 1, 2
 FSYNC_DATASYNC = 1
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = (1 << bit for bit in range(6))
-NOTIFY_INVAL_INODE = 2
-_INVAL_INODE = Struct("=QqQ")
+NOTIFY_INVAL_INODE, NOTIFY_INVAL_ENTRY = 2, 3
+_INVAL_INODE, _INVAL_ENTRY = Struct("=QqQ"), Struct("=QII")
 NO_NAMES: Final = (b"", b".", b"..")
 TRANSFER_MAX: Final = 1 << 20  # most bytes of one READ or WRITE, as INIT has it
 OFFSET_MAX: Final = (1 << 63) - 1
@@ -265,3 +265,9 @@ def inval_inode(node: int, attributes_only: bool) -> bytes:
     """The message that makes the kernel forget attributes, and unless `attributes_only` pages as well."""
     body = _INVAL_INODE.pack(node, -1 if attributes_only else 0, 0)
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), NOTIFY_INVAL_INODE, 0) + body
+
+
+def inval_entry(parent: int, name: bytes) -> bytes:
+    """The message that makes the kernel forget what had this name."""
+    body = _INVAL_ENTRY.pack(parent, len(name), 0) + name + b"\0"
+    return OUT_HEADER.pack(OUT_HEADER.size + len(body), NOTIFY_INVAL_ENTRY, 0) + body

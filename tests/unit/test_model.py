@@ -59,7 +59,7 @@ looks = st.tuples(
     files, st.just((0, 0, 0)), numbers,
 )  # fmt: skip
 alone = st.tuples(
-    st.sampled_from(("unlink", "reopen", "change", "drop", "pressure", "pause", "fault", "fault", "stream")),
+    st.sampled_from(("unlink", "reopen", "change", "drop", "discard", "pressure", "pause", "fault", "fault", "stream")),
     files, st.just((0, 0, 0)), numbers,
 )  # fmt: skip
 together = st.tuples(st.just("together"), st.lists(st.one_of(reads, writes, looks, truncates), min_size=2, max_size=8))
@@ -223,6 +223,11 @@ class Harness:
             case "drop":
                 assert tracked.inode.file is not None
                 world.cache.drop(tracked.inode.file)
+            case "discard":
+                file = tracked.inode.file
+                if await world.files.discard_unwritten(tracked.inode) and file is not None:
+                    # The backing could not be looked at if the size is another one.
+                    tracked.model[:] = os.pread(tracked.fd, file.size, 0).ljust(file.size, b"\0")
             case "pressure":
                 for other in self.tracked:
                     await self.read(other, number % 8 * PAGE_SIZE, 64 * PAGE_SIZE)
@@ -359,6 +364,7 @@ class Harness:
         assert await self.world.writeback.flush_all() == []
         self.check()
         assert not self.world.writeback.unwritten_pages
+        assert not self.world.files.conflicts.total, "others changed files only while nothing of ours was unwritten"
         for tracked in self.tracked:
             size = os.fstat(tracked.fd).st_size
             assert os.pread(tracked.fd, size + 1, 0) == tracked.model
