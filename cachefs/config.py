@@ -55,6 +55,7 @@ OPTIONS = (
     Option("backing_timeout", "TIME", "how long SOURCE may take to answer, if far away, before requests fail", "30s"),
     Option("metrics", "ADDRESS:PORT", "where Prometheus finds /metrics; port 0 = any, off = nowhere", "127.0.0.1:9477"),
     Option("state_dir", "DIR", "where locks and logs live", "/var/lib/cachefs or ~/.local/state/cachefs"),
+    Option("fast_lane", "MODE", "answer requests ourselves, without pyfuse3", "on", ("on", "off")),
     Option("simulate_latency", "TIME", "make every call to SOURCE take longer (experiments)", "0"),
     Option("simulate_bandwidth", "SIZE", "make SOURCE slower: bytes a second (experiments)", "none"),
     Option("log_level", "LEVEL", "how much goes into the log", "info", LOG_LEVELS),
@@ -88,6 +89,7 @@ class Config:
     metrics_port: int  # 0 = any
     metrics_asked: bool  # asked for by name, so that a taken port is an error
     state_dir: str | None
+    fast_lane: bool
     simulate_latency_seconds: float
     simulate_bandwidth_bytes_per_second: float  # 0 = as fast as it is
     fault_plan: str | None
@@ -136,6 +138,7 @@ def make_config(
         metrics_port=port,
         metrics_asked="metrics" in asked,
         state_dir=os.path.abspath(asked["state_dir"]) if asked.get("state_dir") else None,
+        fast_lane=_choice(asked, "fast_lane") == "on",
         simulate_latency_seconds=_duration(asked, "simulate_latency"),
         simulate_bandwidth_bytes_per_second=_bandwidth(asked, "simulate_bandwidth"),
         fault_plan=os.path.abspath(asked["fault_plan"]) if asked.get("fault_plan") else None,

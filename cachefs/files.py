@@ -11,6 +11,7 @@ import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
@@ -56,6 +57,14 @@ class Opened:
     number: int
     unchanged: bool  # since the kernel may last have cached pages of it
     attributes_changed: bool  # since the kernel may last have been told
+
+
+class Hit(NamedTuple):
+    """A read answered from memory. `view` is good until the next await; `window` is what to prefetch after the reply."""
+
+    view: memoryview | bytes
+    file: CachedFile
+    window: Window | None
 
 
 class Files:
@@ -335,26 +344,42 @@ class Files:
 
     # --- data ----------------------------------------------------------------------------------------------------------
 
-    async def read(self, number: int, offset: int, size: int) -> memoryview | bytes:
-        """The bytes there are in [offset, offset + size). The view is good until the next await."""
+    def read_now(self, number: int, offset: int, size: int) -> "Hit | None":
+        """The bytes there are in [offset, offset + size) if all are in the cache; None, and nothing is changed, if not."""
         handle = self.handles[number]
         file: CachedFile = handle.inode.file  # type: ignore[assignment]  # a handle's inode has a file
-        first = offset >> PAGE_SHIFT
-        count = ((offset + size - 1) >> PAGE_SHIFT) - first + 1
         view = self.cache.lookup(file, offset, size, handle.last_page)
-        window = handle.readahead.on_read(first, count, view is None, file.end_page, self.window_pages)
-        handle.last_page = first + count - 1
         if view is None:
-            view = await self.filler.read(file, offset, size, window)
-            self._measure()
-        elif window is not None:
-            # After the reply: to make room now could take the pages from under `view`.
-            self.filler.nursery.start_soon(self._prefetch, file, window)
+            return None
+        return Hit(view, file, self._note_read(handle, file, offset, size, False))
+
+    async def read(self, number: int, offset: int, size: int) -> memoryview | bytes:
+        """The bytes there are in [offset, offset + size). The view is good until the next await."""
+        hit = self.read_now(number, offset, size)
+        if hit is not None:
+            if hit.window is not None:
+                self.filler.nursery.start_soon(self._prefetch_soon, hit)
+            return hit.view
+        handle = self.handles[number]
+        file: CachedFile = handle.inode.file  # type: ignore[assignment]
+        view = await self.filler.read(file, offset, size, self._note_read(handle, file, offset, size, True))
+        self._measure()
         return view
 
-    async def _prefetch(self, file: CachedFile, window: Window) -> None:
-        self.filler.prefetch(file, window)
-        self._measure()
+    def _note_read(self, handle: Handle, file: CachedFile, offset: int, size: int, missed: bool) -> Window | None:
+        """What readahead makes of a read."""
+        first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
+        handle.last_page = last
+        return handle.readahead.on_read(first, last - first + 1, missed, file.end_page, self.window_pages)
+
+    def prefetch(self, hit: "Hit") -> None:
+        """Starts a hit's readahead window. After the reply: to make room could take the pages from under the view."""
+        if hit.window is not None:
+            self.filler.prefetch(hit.file, hit.window)
+            self._measure()
+
+    async def _prefetch_soon(self, hit: "Hit") -> None:
+        self.prefetch(hit)
 
     def _measure(self) -> None:
         if self._readahead_max_pages:

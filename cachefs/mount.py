@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 
-import pyfuse3
 import trio
 
 from backing.base import Backing
@@ -27,8 +26,8 @@ from cachefs.state import State
 from cachefs.statistics import Statistics
 from cachefs.store import make_backing
 from cachefs.tasks import Guarded
-from cachefs.transport import negotiate, seam
-from cachefs.transport.operations import Operations
+from cachefs.transport import negotiate
+from cachefs.transport.session import open_session
 from cachefs.watchdog import Unreachable
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,6 @@ SWITCH_SECONDS = 0.0005  # a thread back from the backing waits no longer for th
 LAST_TRIES = 5  # at the end, for files whose writeback fails
 LAST_TRY_PAUSE_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for programs that still have files open when SIGTERM came
-REQUESTS_MAX = 500  # under way at once: some hundred that wait for SOURCE must not keep cached pages from being served
 RETIRE_SECONDS = 1.0
 LOGGED = ("path", "offset", "length", "error")  # of an entry
 SWEEP_SECONDS, SWEEP_INODES = 1.0, 1000  # ~1 ms of every second
@@ -151,21 +149,15 @@ class Mount:
         if self.kernel_cache == "off" and not connection.direct_mmap:
             log.warning("this kernel cannot map files of a mount that sees every read: using --kernel-cache open")
             self.kernel_cache = "open"
-        self.operations = Operations(
-            self.stack.fs, self.kernel_cache, self.config.metadata_ttl_seconds, functools.partial(self._begin, connection)
-        )
-        pyfuse3.init(self.operations, f"/dev/fd/{connection.session_fd}", set())
-        seam.enable()
+        self.session = open_session(
+            connection, self.stack.fs, self.kernel_cache, self.config.metadata_ttl_seconds, self._answering.set,
+            self.config.fast_lane,
+        )  # fmt: skip
         nursery.start_soon(self._serve_fuse)
-
-    def _begin(self, connection: negotiate.Connection) -> None:
-        """Requests are answered from now on. We make none of our own: were we killed first, our thread would wait for ever."""
-        connection.hand_over()
-        self._answering.set()
 
     async def _serve_fuse(self) -> None:
         try:
-            await pyfuse3.main(max_tasks=REQUESTS_MAX)
+            await self.session.run()
         except Exception:
             log.critical("no more requests can be served", exc_info=True)  # what was acknowledged is still written out
             self.exit_status = 1
@@ -208,12 +200,12 @@ class Mount:
     def _gone(self, parent: Inode, name: bytes) -> None:
         """Somebody else has removed or replaced what had this name: the kernel is to ask again."""
         if not self._unmounted.is_set():
-            pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent.node), pyfuse3.FileNameT(name), ignore_enoent=True)
+            self.session.forget_name(parent.node, name)
 
     async def invalidate(self, node: int) -> None:
         """The kernel forgets the attributes of a file and what it has of its contents."""
         with contextlib.suppress(OSError):  # the kernel may not know it any more
-            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, pyfuse3.InodeT(node))
+            await trio.to_thread.run_sync(self.session.invalidate, node)
 
     # --- stopping ------------------------------------------------------------------------------------------------------
 
@@ -239,7 +231,7 @@ class Mount:
         with trio.move_on_after(GRACE_SECONDS):
             await self._unmounted.wait()
         if not self._unmounted.is_set():
-            pyfuse3.terminate()  # else what is acknowledged from now on would miss the last writeback
+            self.session.terminate()  # else what is acknowledged from now on would miss the last writeback
             with trio.move_on_after(GRACE_SECONDS):
                 await self._unmounted.wait()
             self._unmounted.set()
@@ -279,7 +271,7 @@ class Mount:
         self.state.note_end(self.failed, self.kept_at_end)
         if os.environ.get("CACHEFS_CHECK"):
             self._check()
-        pyfuse3.close(unmount=False)
+        self.session.close()
         await self.stack.keeper.close()
         if self.metrics is not None:
             self.metrics.close()
@@ -310,5 +302,5 @@ class Mount:
         return self.metrics.url if self.metrics is not None else None
 
     def statistics(self) -> Statistics:
-        durations = {op: histogram.snapshot() for op, histogram in self.operations.durations.items()}
+        durations = {op: histogram.snapshot() for op, histogram in self.session.durations.items()}
         return self.stack.statistics(self.kernel_cache, durations)

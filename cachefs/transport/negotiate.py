@@ -52,20 +52,29 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(slots=True)
 class Connection:
-    """A mounted file system whose INIT was answered. libfuse mounts `/dev/fd/{session_fd}`."""
+    """A mounted file system whose INIT was answered."""
 
-    session_fd: int
     fuse_fd: int
     granted: int  # flags of WANTED that the kernel has
-    peer: socket.socket
+    request: bytes  # the INIT, as the kernel sent it
+    session_fd: int = -1  # what libfuse reads from
+    peer: socket.socket | None = None
 
     @property
     def direct_mmap(self) -> bool:
         """Whether files may be mapped shared although every read and write comes to us."""
         return bool(self.granted & DIRECT_IO_ALLOW_MMAP)
 
+    def for_libfuse(self) -> str:
+        """The mountpoint that libfuse is to be given: a socket with the INIT in it."""
+        ours, self.peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.peer.send(self.request)
+        self.session_fd = ours.detach()
+        return f"/dev/fd/{self.session_fd}"
+
     def hand_over(self) -> None:
         """To be called when libfuse has read INIT from the socket: from now on it reads from the kernel."""
+        assert self.peer is not None
         os.dup2(self.fuse_fd, self.session_fd, inheritable=False)
         os.close(self.fuse_fd)
         self.peer.close()
@@ -81,9 +90,7 @@ def connect(config: Config) -> Connection:
         os.close(fuse_fd)
         unmount(config.mountpoint, lazy=True)
         raise CachefsError(f"the kernel and cachefs do not understand each other: {error.strerror}") from None
-    ours, peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    peer.send(request)
-    return Connection(ours.detach(), fuse_fd, granted, peer)
+    return Connection(fuse_fd, granted, request)
 
 
 def unmount(mountpoint: str, lazy: bool = False) -> None:

@@ -16,7 +16,7 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FlagT, FUSEError, In
 
 from cachefs.files import Files, Opened
 from cachefs.fs import STATS_AT_ONCE, Caller, Changes, FileSystem
-from cachefs.inode import Inode
+from cachefs.inode import Attributes, Inode
 from cachefs.statistics import Histogram
 
 log = logging.getLogger(__name__)
@@ -71,20 +71,38 @@ def groups_of(ctx: RequestContext, inode: Inode) -> frozenset[int]:
         return frozenset((ctx.gid,))
 
 
+def blocks_of(seen: Attributes) -> int:
+    """Those of what is not written yet as well: programs take 0 for "all hole" and would not read it."""
+    st = seen.st
+    return st.st_blocks if seen.size == st.st_size else max(st.st_blocks, (seen.size + 511) // 512)
+
+
 class Operations(pyfuse3.Operations):
-    """pyfuse3's handlers. `kernel_cache` is what the kernel may keep: off | open | keep."""
+    """pyfuse3's handlers. `kernel_cache` is what the kernel may keep: off | open | keep.
+
+    `forget_attributes(node)` makes the kernel ask for them again. What `_entry`, `_nothing`, `_info` and `_statfs` make is
+    what the transport takes for an answer: pyfuse3's objects here.
+    """
 
     supports_dot_lookup = False
     enable_writeback_cache = False
     enable_acl = True
 
-    def __init__(self, fs: FileSystem, kernel_cache: str, ttl_seconds: float, on_init: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        fs: FileSystem,
+        kernel_cache: str,
+        ttl_seconds: float,
+        forget_attributes: Callable[[int], None],
+        on_init: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
         self.fs = fs
         self.files: Files = fs.files
         self.ask = fs.io.ask
         self.kernel_cache = kernel_cache
         self.ttl_seconds = ttl_seconds
+        self.forget_attributes = forget_attributes
         self.on_init = on_init
         names = [name for name in dir(type(self)) if hasattr(getattr(type(self), name), "is_request")]
         self.durations = {name: Histogram() for name in names}
@@ -102,6 +120,16 @@ class Operations(pyfuse3.Operations):
         except KeyError:
             raise FUSEError(errno.ESTALE) from None
 
+    def _attr_seconds(self, inode: Inode) -> float:
+        """How long the kernel may believe them: what was read a while ago, only for the rest of the time."""
+        return max(0.0, inode.checked_at + self.ttl_seconds - trio.current_time())
+
+    def _nothing(self) -> EntryAttributes:
+        """That there is no such name; the kernel may believe it for a while."""
+        nothing = EntryAttributes()  # its inode is 0
+        nothing.entry_timeout = self.ttl_seconds
+        return nothing
+
     def _entry(self, inode: Inode) -> EntryAttributes:
         seen = inode.attributes()
         st, entry = seen.st, EntryAttributes()
@@ -113,14 +141,12 @@ class Operations(pyfuse3.Operations):
         entry.st_rdev = st.st_rdev
         entry.st_size = seen.size
         entry.st_blksize = st.st_blksize
-        # Blocks of what is not written yet: programs take 0 for "all hole" and would not read it.
-        entry.st_blocks = st.st_blocks if seen.size == st.st_size else max(st.st_blocks, (seen.size + 511) // 512)
+        entry.st_blocks = blocks_of(seen)
         entry.st_atime_ns = st.st_atime_ns
         entry.st_mtime_ns = seen.mtime_ns
         entry.st_ctime_ns = seen.ctime_ns
         entry.entry_timeout = self.ttl_seconds
-        # The kernel may believe what was read a while ago only for the rest of the time.
-        entry.attr_timeout = max(0.0, inode.checked_at + self.ttl_seconds - trio.current_time())
+        entry.attr_timeout = self._attr_seconds(inode)
         return entry
 
     @request
@@ -132,9 +158,7 @@ class Operations(pyfuse3.Operations):
         except FileNotFoundError:
             if not self.fs.backing.blocking:
                 raise
-            nothing = EntryAttributes()  # inode 0: the kernel may believe for a while that there is none
-            nothing.entry_timeout = self.ttl_seconds
-            return nothing
+            return self._nothing()
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for node, lookups in inode_list:
@@ -221,7 +245,7 @@ class Operations(pyfuse3.Operations):
         names = await self.ask(self.fs.names, fh, start)
         while start < 2:  # the kernel takes no lookup count for these two
             inode = self.fs.directories[fh].inode
-            if not pyfuse3.readdir_reply(token, (b".", b"..")[start], self._entry(inode), start + 1):
+            if not self._add(token, (b".", b"..")[start], self._entry(inode), start + 1):
                 return
             start += 1
         while start - 2 < len(names):
@@ -229,10 +253,14 @@ class Operations(pyfuse3.Operations):
             found = await self._entries(fh, some)
             for i, entry in enumerate(found):
                 start += 1
-                if entry is not None and not pyfuse3.readdir_reply(token, some[i], self._entry(entry), start):
+                if entry is not None and not self._add(token, some[i], self._entry(entry), start):
                     for unsent in filter(None, found[i:]):
                         self.fs.forget(unsent.node, 1)
                     return
+
+    def _add(self, token: pyfuse3.ReaddirToken, name: bytes, entry: EntryAttributes, next_offset: int) -> bool:
+        """Whether there was room for it."""
+        return pyfuse3.readdir_reply(token, name, entry, next_offset)
 
     async def _entries(self, fh: FileHandleT, names: Sequence[bytes]) -> list[Inode | None]:
         known = functools.partial(self.fs.entries_known, fh, names)
@@ -262,7 +290,7 @@ class Operations(pyfuse3.Operations):
             opened = await self.ask(self.files.open, *arguments, memory=known, undo=self.fs.unopen)
         if opened.attributes_changed:  # or the kernel would go on with the size it knows until its time is over
             with contextlib.suppress(OSError):
-                pyfuse3.invalidate_inode(node, attr_only=True)  # waits for nobody: it touches no pages
+                self.forget_attributes(node)  # waits for nobody: it touches no pages
         return self._info(opened)
 
     @request
@@ -299,7 +327,9 @@ class Operations(pyfuse3.Operations):
 
     @request
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
-        theirs = await self.ask(self.fs.statvfs, memory=lambda: self.fs.statvfs_known)
+        return self._statfs(await self.ask(self.fs.statvfs, memory=lambda: self.fs.statvfs_known))
+
+    def _statfs(self, theirs: os.statvfs_result) -> pyfuse3.StatvfsData:
         ours = pyfuse3.StatvfsData()
         for field in STATVFS_FIELDS:
             setattr(ours, field, getattr(theirs, field))

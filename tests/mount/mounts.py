@@ -37,6 +37,9 @@ if user:
 sys.exit(main())
 """
 
+# CACHEFS_TEST_FAST_LANE=off runs every test that does not say otherwise with pyfuse3 in the place of the lane.
+FAST_LANE = os.environ.get("CACHEFS_TEST_FAST_LANE", "on")
+
 Factory = Callable[..., "Mount"]
 
 
@@ -64,7 +67,7 @@ class Mount:
             if user is not None:
                 os.chown(directory, user, user)
         arguments = [str(self.source), str(self.path), "--kernel-cache", kernel_cache, "--metrics", "off"]
-        arguments += ["--state-dir", str(base / "state"), "--foreground", *options]
+        arguments += ["--state-dir", str(base / "state"), "--foreground", "--fast-lane", FAST_LANE, *options]
         self.command = [sys.executable, "-c", START, str(user or 0), "mount", *arguments]
         self.start()
 

@@ -32,6 +32,7 @@ ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE
 main()
 """
 POLL_SECONDS = 0.01
+FAST_LANE = os.environ.get("CACHEFS_TEST_FAST_LANE", "on")
 Done = subprocess.CompletedProcess[str]
 
 
@@ -76,7 +77,7 @@ class Command:
     @property
     def options(self) -> list[str]:
         """What keeps a mount apart from all others."""
-        return ["--state-dir", str(self.base / "state"), "--metrics", "127.0.0.1:0"]
+        return ["--state-dir", str(self.base / "state"), "--metrics", "127.0.0.1:0", "--fast-lane", FAST_LANE]
 
     def words(self, *arguments: object, program: str = CACHEFS) -> list[str]:
         return [sys.executable, "-c", program, *map(str, arguments)]

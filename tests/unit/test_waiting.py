@@ -1,0 +1,178 @@
+"""How the lane waits: looks only where that pays, sleeps for trio too, and keeps no other task from its turn."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from cachefs.transport import waiting as waiting_module
+from cachefs.transport.waiting import LOOK_NS, LOSS, SOON_NS, TRUST_MAX, Patience, Waiting, trio_descriptor
+
+
+def test_looking_begins_after_a_short_sleep_and_ends_after_looks_in_vain() -> None:
+    patience = Patience(2)
+    assert not patience.trust
+    patience.slept(SOON_NS)
+    assert not patience.trust
+    patience.slept(SOON_NS - 1)
+    assert patience.trust
+    for _ in range(100):
+        patience.met()
+    assert patience.trust == TRUST_MAX
+    looks = 0
+    while patience.trust:
+        patience.in_vain()
+        looks += 1
+    assert looks == -(-TRUST_MAX // LOSS)
+
+
+def test_requests_that_always_come_too_late_cost_a_look_every_other_time_at_most() -> None:
+    patience, looks = Patience(2), 0
+    for _ in range(1000):
+        if patience.trust:
+            looks += 1
+            patience.in_vain()
+        else:
+            patience.slept(LOOK_NS + 1)
+    assert looks <= 500
+
+
+def test_on_one_processor_nobody_looks() -> None:
+    patience = Patience(1)
+    patience.slept(0)
+    patience.met()
+    assert not patience.trust
+
+
+@asynccontextmanager
+async def waiter() -> AsyncIterator[tuple[Waiting, int]]:
+    """A Waiting on a pipe, and the pipe's other end."""
+    ours, theirs = os.pipe()
+    waiting = Waiting(ours)
+    await waiting.start()
+    try:
+        with trio.fail_after(20):
+            yield waiting, theirs
+    finally:
+        waiting.stop()
+        os.close(ours)
+        os.close(theirs)
+
+
+@pytest.fixture(params=["trio's descriptor", "no descriptor"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what is no part of trio's interface, and without."""
+    if request.param == "no descriptor":
+        monkeypatch.setattr(waiting_module, "trio_descriptor", lambda: -1)
+
+
+def test_this_trio_has_a_descriptor() -> None:
+    async def main() -> int:
+        return trio_descriptor()
+
+    assert trio.run(main) >= 0
+
+
+def written_later(fd: int, seconds: float) -> threading.Thread:
+    def write() -> None:
+        time.sleep(seconds)
+        os.write(fd, b"x")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    return thread
+
+
+@pytest.mark.usefixtures("either")
+def test_it_wakes_when_there_is_something_to_read() -> None:
+    async def main() -> None:
+        async with waiter() as (waiting, fd):
+            thread = written_later(fd, 0.05)
+            while not waiting._poller.poll(0):
+                await waiting.wait()
+            thread.join()
+
+    trio.run(main)
+
+
+async def forever(waiting: Waiting) -> None:
+    """As the lane does when there is no request."""
+    while True:
+        await waiting.wait()
+
+
+@pytest.mark.parametrize("task", ["thread", "timer", "chain"])
+@pytest.mark.usefixtures("either")
+def test_other_tasks_go_on_while_it_sleeps(task: str) -> None:
+    """None of them waits for another one's deadline: that would be two seconds away, or five."""
+
+    async def thread() -> None:
+        for _ in range(20):
+            await trio.to_thread.run_sync(time.sleep, 0.001)
+
+    async def timer() -> None:
+        for _ in range(20):
+            await trio.sleep(0.001)
+
+    async def chain() -> None:
+        events = [trio.Event() for _ in range(20)]
+
+        async def link(i: int) -> None:
+            await events[i - 1].wait()
+            await trio.to_thread.run_sync(os.getpid)
+            events[i].set()
+
+        async with trio.open_nursery() as nursery:
+            for i in range(1, 20):
+                nursery.start_soon(link, i)
+            events[0].set()
+
+    work: Callable[[], Awaitable[None]] = {"thread": thread, "timer": timer, "chain": chain}[task]
+
+    async def main() -> float:
+        async with waiter() as (waiting, _), trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep, 5)
+            nursery.start_soon(forever, waiting)
+            start = time.perf_counter()
+            await work()
+            nursery.cancel_scope.cancel()
+            return time.perf_counter() - start
+
+    assert trio.run(main) < 2
+
+
+def test_it_looks_while_requests_come_at_once_and_stops_when_they_do_not() -> None:
+    async def main() -> None:
+        async with waiter() as (waiting, fd):
+            waiting.patience = Patience(2)
+            waiting.patience.trust = 1
+            for _ in range(20):
+                os.write(fd, b"x")
+                assert not await waiting.wait()
+                os.read(waiting.fd, 1)
+            assert waiting.patience.trust == TRUST_MAX
+            for _ in range(10):
+                thread = written_later(fd, 0.01)
+                while not waiting._poller.poll(0):
+                    await waiting.wait()
+                thread.join()
+                os.read(waiting.fd, 1)
+            assert not waiting.patience.trust
+
+    trio.run(main)
+
+
+def test_cancelling_ends_it() -> None:
+    async def main() -> None:
+        async with waiter() as (waiting, _):
+            with trio.move_on_after(0.05) as scope:
+                await forever(waiting)
+            assert scope.cancelled_caught
+
+    trio.run(main)
