@@ -21,6 +21,7 @@ from cachefs.cache.readahead import Window
 from cachefs.descriptors import Descriptors
 from cachefs.handle import Handle
 from cachefs.inode import Inode, signature_of
+from cachefs.process import name_of
 from cachefs.source import DataDescriptors, FileSource
 from cachefs.writeback import Writeback
 
@@ -176,7 +177,7 @@ class Files:
 
     # --- open and close ------------------------------------------------------------------------------------------------
 
-    async def open(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS) -> Opened:
+    async def open(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS, pid: int = 0) -> Opened:
         """A handle. On a backing far away, a file whose attributes are fresh is opened there when it is first needed."""
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         inode.opens += 1
@@ -199,14 +200,16 @@ class Files:
         # A look-up may have noticed a change before, and the kernel's pages may not be gone yet.
         unchanged = known and inode.changes == inode.changes_told
         inode.changes_told = inode.changes
-        return Opened(self._new_handle(inode, flags, uid, gids), unchanged, changed)
+        return Opened(self._new_handle(inode, flags, uid, gids, pid), unchanged, changed)
 
-    def open_created(self, inode: Inode, fd: int, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS) -> Opened:
+    def open_created(
+        self, inode: Inode, fd: int, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS, pid: int = 0
+    ) -> Opened:
         """A handle on a file just created, with the descriptor it was created with."""
         inode.opens += 1
         self.data.created(inode, fd)
         self._ensure_file(inode)
-        return Opened(self._new_handle(inode, flags, uid, gids), True, False)
+        return Opened(self._new_handle(inode, flags, uid, gids, pid), True, False)
 
     def _ensure_file(self, inode: Inode) -> CachedFile:
         if inode.file is None:
@@ -214,9 +217,10 @@ class Files:
             inode.signature = signature_of(inode.st)
         return inode.file
 
-    def _new_handle(self, inode: Inode, flags: int, uid: int, gids: frozenset[int]) -> int:
+    def _new_handle(self, inode: Inode, flags: int, uid: int, gids: frozenset[int], pid: int) -> int:
         self._last_handle += 1
-        self.handles[self._last_handle] = Handle(inode, flags, uid, gids)
+        account = self.cache.accounts.open(name_of(pid), uid)
+        self.handles[self._last_handle] = Handle(inode, flags, uid, gids, account)
         return self._last_handle
 
     async def flush(self, number: int) -> None:
@@ -228,6 +232,7 @@ class Files:
 
     async def release(self, number: int) -> None:
         handle = self.handles.pop(number)
+        self.cache.accounts.close(handle.account)
         inode = handle.inode
         inode.opens -= 1
         if inode.opens:
@@ -262,11 +267,11 @@ class Files:
         file: CachedFile = handle.inode.file  # type: ignore[assignment]  # a handle's inode has a file
         first = offset >> PAGE_SHIFT
         count = ((offset + size - 1) >> PAGE_SHIFT) - first + 1
-        view = self.cache.lookup(file, offset, size, handle.last_page)
+        view = self.cache.lookup(file, offset, size, handle.last_page, handle.account)
         window = handle.readahead.on_read(first, count, view is None, file.end_page, self.window_pages)
         handle.last_page = first + count - 1
         if view is None:
-            view = await self.filler.read(file, offset, size, window)
+            view = await self.filler.read(file, offset, size, window, handle.account)
             self._measure()
         elif window is not None:
             # After the reply: to make room now could take the pages from under `view`.
@@ -300,7 +305,7 @@ class Files:
             inode.epoch += 1
             self.writeback.note(inode)
 
-        await self.filler.write(file, offset, data, dirtied)
+        await self.filler.write(file, offset, data, dirtied, handle.account)
         if handle.synchronous:
             await self.fsync(number, True)
         return len(data)

@@ -35,6 +35,7 @@ class Caller:
     gid: int
     umask: int
     gids: frozenset[int] = frozenset()  # all groups, as far as it matters
+    pid: int = 0  # 0 = unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,14 @@ class FileSystem:
 
     async def lookup(self, parent: Inode, name: bytes) -> Inode:
         """The inode called `name`, with one more lookup counted."""
-        st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
-        inode = self._found(parent, name, st)
+        inode = await self.find(parent, name)
         inode.lookups += 1
         return inode
+
+    async def find(self, parent: Inode, name: bytes) -> Inode:
+        """The inode called `name`, for a use of our own: `drop` it afterwards."""
+        st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
+        return self._found(parent, name, st)
 
     def _found(self, parent: Inode, name: bytes, st: os.stat_result) -> Inode:
         inode = self.table.add(st)
@@ -218,7 +223,7 @@ class FileSystem:
             raise
         inode = self._found(parent, name, st)
         inode.lookups += 1
-        return inode, self.files.open_created(inode, fd, flags, caller.uid, caller.gids)
+        return inode, self.files.open_created(inode, fd, flags, caller.uid, caller.gids, caller.pid)
 
     async def link(self, inode: Inode, parent: Inode, name: bytes) -> Inode:
         def link(fd: int, dirfd: int) -> None:

@@ -27,6 +27,7 @@ from cachefs.store import make_backing
 from cachefs.tasks import Guarded
 from cachefs.transport import negotiate, seam
 from cachefs.transport.operations import Operations
+from cachefs.viewcommands import ViewCommands
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class Mount:
             self.tasks = Guarded(nursery)
             self.stack = Stack(self.config, self.backing, self.tasks, self._changed)
             self.commands = Commands(self)
+            self.views = ViewCommands(self.stack)
             try:
                 self._connect(nursery)
                 await self._start_services(nursery)
@@ -135,7 +137,8 @@ class Mount:
     async def _start_services(self, nursery: trio.Nursery) -> None:
         self.tasks.start_service(self.stack.writeback.run)
         self.tasks.start_service(self._sweep)
-        await nursery.start(controlserver.serve, self.state.socket_path, self.commands.handlers())
+        handlers = {**self.commands.handlers(), **self.views.handlers()}
+        await nursery.start(controlserver.serve, self.state.socket_path, handlers)
         if self.config.metrics_host is not None:
             token = trio.lowlevel.current_trio_token()
             snapshot = functools.partial(trio.from_thread.run_sync, self.statistics, trio_token=token)
@@ -144,10 +147,11 @@ class Mount:
             )
 
     async def _sweep(self) -> None:
-        """Now and then lets go of inodes that only their cached pages kept."""
+        """Now and then lets go of inodes that only their cached pages kept, and moves the clock that reads are stamped with."""
         while True:
             await trio.sleep(SWEEP_SECONDS)
             self.stack.fs.sweep(SWEEP_INODES)
+            self.stack.cache.accounts.tick(self.stack.cache.clock())
 
     def _changed(self, inode: Inode) -> None:
         """The file's contents changed underneath: the kernel's pages of it are wrong too."""

@@ -107,3 +107,4 @@ class Stack:
         """Asserts the invariants of cache and inodes; slow."""
         self.cache.check_invariants()
         self.table.check()
+        assert sum(account.opens for account in self.cache.accounts) == len(self.files.handles), "handles without an account"

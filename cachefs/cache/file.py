@@ -27,8 +27,8 @@ class CachedFile:
     """
 
     __slots__ = (
-        "dirty_groups", "dirty_pages", "evicted", "groups", "id", "invalidated", "resident_pages", "size", "source",
-        "writeback_pages",
+        "dirty_groups", "dirty_pages", "evicted", "groups", "id", "invalidated", "page_hits", "page_misses",
+        "resident_pages", "size", "source", "writeback_pages",
     )  # fmt: skip
 
     def __init__(self, file_id: int, source: Source, size: int) -> None:
@@ -40,6 +40,7 @@ class CachedFile:
         self.resident_pages = 0
         self.dirty_pages = 0
         self.writeback_pages = 0
+        self.page_hits = self.page_misses = 0  # of reads, as long as the file is known
         self.evicted: dict[int, int] = {}  # {group index: mask} of pages that were evicted and not filled since
         self.invalidated: dict[int, int] = {}  # the same for pages dropped because the backing changed
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import trio
 
+from cachefs.cache.account import Account
 from cachefs.cache.file import CachedFile
 from cachefs.cache.page import GROUP_PAGES, PAGE_SHIFT, PAGE_SIZE
 from cachefs.cache.pagecache import Busy, Fill, NoRoom, PageCache, TooDirty
@@ -31,7 +32,9 @@ class Filler:
 
     # --- reading -------------------------------------------------------------------------------------------------
 
-    async def read(self, file: CachedFile, offset: int, size: int, window: Window | None) -> memoryview | bytes:
+    async def read(
+        self, file: CachedFile, offset: int, size: int, window: Window | None, account: Account | None = None
+    ) -> memoryview | bytes:
         """The bytes [offset, offset + size), cut at the end of the file, after a look-up that found some page missing.
 
         Counts the request. The view is good until the next await. Raises the OSError of a backing call that failed.
@@ -39,7 +42,7 @@ class Filler:
         end = min(offset + size, file.size)
         if offset >= end:
             return b""
-        self.cache.count_request(file, offset, end)
+        self.cache.count_request(file, offset, end, account)
         if (end - offset) >> PAGE_SHIFT <= self.cache.capacity_pages // 4:
             for _ in range(TRIES):
                 await self._fill_once(file, offset, end, window)
@@ -142,7 +145,14 @@ class Filler:
 
     # --- writing -------------------------------------------------------------------------------------------------
 
-    async def write(self, file: CachedFile, offset: int, data: bytes | memoryview, dirtied: Callable[[], None]) -> None:
+    async def write(
+        self,
+        file: CachedFile,
+        offset: int,
+        data: bytes | memoryview,
+        dirtied: Callable[[], None],
+        account: Account | None = None,
+    ) -> None:
         """Copies `data` into dirty pages; what must be read first is read. Long ones go in pieces.
 
         `dirtied` is called after each piece: while a later one waits for room, writeback has to know of those before it.
@@ -150,11 +160,11 @@ class Filler:
         most = max(1, min(self.cache.capacity_pages // 8, self.cache.dirty_limit_pages // 4)) * PAGE_SIZE
         view = memoryview(data)
         while view:
-            step = await self._write_piece(file, offset, view[: most - offset % PAGE_SIZE])
+            step = await self._write_piece(file, offset, view[: most - offset % PAGE_SIZE], account)
             dirtied()
             view, offset = view[step:], offset + step
 
-    async def _write_piece(self, file: CachedFile, offset: int, data: memoryview) -> int:
+    async def _write_piece(self, file: CachedFile, offset: int, data: memoryview, account: Account | None = None) -> int:
         """Returns how much of `data` was written: less where both ends need a fill, for one could push out the other."""
         cache = self.cache
         while True:
@@ -169,7 +179,7 @@ class Filler:
                 await self._fill_once(file, partial[0] * PAGE_SIZE, min((partial[0] + 1) * PAGE_SIZE, file.size), None)
             else:
                 try:
-                    cache.write(file, offset, data)
+                    cache.write(file, offset, data, account)
                     return len(data)
                 except (NoRoom, Busy) as reason:
                     await self.wait_for(reason)

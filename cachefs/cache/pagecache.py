@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import trio
 
+from cachefs.cache.account import Account, Accounts
 from cachefs.cache.arena import Arena
 from cachefs.cache.check import check
 from cachefs.cache.file import CachedFile, Source
@@ -89,7 +90,7 @@ class PageCache:
         self._groups: dict[int, Group] = {}  # {key: Group} of every group with resident pages
         self._files = 0  # ids given out
         self._view = self.arena.view
-        self.page_hits = self.page_misses = self.hit_bytes = self.miss_bytes = self.write_bytes = 0
+        self.accounts = Accounts(clock())  # who reads and writes: hits, misses and bytes are counted there
         self.reads_hit = self.reads_partial = self.reads_miss = 0
         self.readahead_used = self.readahead_unused = self.readahead_late = 0
         self.refaults = 0
@@ -102,12 +103,16 @@ class PageCache:
 
     # --- reading -------------------------------------------------------------------------------------------------
 
-    def lookup(self, file: CachedFile, offset: int, size: int, last_page: int = -1) -> memoryview | bytes | None:
+    def lookup(
+        self, file: CachedFile, offset: int, size: int, last_page: int = -1, account: Account | None = None
+    ) -> memoryview | bytes | None:
         """The bytes [offset, offset + size), cut at the end of the file, if all their pages are up to date, and counts a hit.
 
         None means nothing was counted: `count_request` and a fill come next. The view is good until the next await.
         `last_page` is where the reader's previous request ended: reading on in the same page is no second access.
         """
+        if account is None:
+            account = self.accounts.nobody
         end = offset + size
         if end > file.size:
             end = file.size
@@ -118,7 +123,7 @@ class PageCache:
         group = file.groups.get(page >> GROUP_SHIFT)
         first = page & IN_GROUP
         if group is None or first + count > GROUP_PAGES:
-            return self._lookup_across(file, offset, end)
+            return self._lookup_across(file, offset, end, account)
         mask = FIRST[count] << first
         if group.uptodate & mask != mask:
             return None
@@ -130,18 +135,20 @@ class PageCache:
             mask &= ~(1 << first)
         if mask:
             self.policy.touch(group.key, mask)
-        self.page_hits += count
-        self.hit_bytes += end - offset
+        group.used = account.stamp
+        account.page_hits += count
+        account.hit_bytes += end - offset
+        file.page_hits += count
         self.reads_hit += 1
         start = group.base + (offset & _BYTE_IN_GROUP)
         return self._view[start : start + end - offset]
 
-    def _lookup_across(self, file: CachedFile, offset: int, end: int) -> memoryview | bytes | None:
+    def _lookup_across(self, file: CachedFile, offset: int, end: int, account: Account) -> memoryview | bytes | None:
         if end <= offset:
             return b""
         view = self.peek(file, offset, end)
         if view is not None:
-            self.count_request(file, offset, end)
+            self.count_request(file, offset, end, account)
         return view
 
     def peek(self, file: CachedFile, offset: int, end: int) -> memoryview | bytes | None:
@@ -162,8 +169,9 @@ class PageCache:
             return self._view[parts[0][0] : parts[0][1]]
         return b"".join(self._view[start:stop] for start, stop in parts)
 
-    def count_request(self, file: CachedFile, offset: int, end: int) -> None:
+    def count_request(self, file: CachedFile, offset: int, end: int, account: Account | None = None) -> None:
         """Counts a read of [offset, end) by what is up to date now, and tells the policy of the pages that are."""
+        account = account or self.accounts.nobody
         hits = misses = 0
         for index, first, last in pieces(offset, end):
             mask = span(first, last)
@@ -176,10 +184,13 @@ class PageCache:
                     self._first_use(group, fresh)
                 if up & ~fresh:
                     self.policy.touch(group.key, up & ~fresh)
+                group.used = account.stamp
             hits += up.bit_count()
             misses += self._count_misses(file, index, mask & ~up)
-        self.page_hits += hits
-        self.page_misses += misses
+        file.page_hits += hits
+        file.page_misses += misses
+        account.page_hits += hits
+        account.page_misses += misses
         if not misses:
             self.reads_hit += 1
         elif hits:
@@ -187,8 +198,8 @@ class PageCache:
         else:
             self.reads_miss += 1
         missed_bytes = (end - offset) * misses // (hits + misses)
-        self.miss_bytes += missed_bytes
-        self.hit_bytes += end - offset - missed_bytes
+        account.miss_bytes += missed_bytes
+        account.hit_bytes += end - offset - missed_bytes
 
     def _count_misses(self, file: CachedFile, index: int, mask: int) -> int:
         count = mask.bit_count()
@@ -284,7 +295,7 @@ class PageCache:
                 found.append(page)
         return found
 
-    def write(self, file: CachedFile, offset: int, data: bytes | memoryview) -> None:
+    def write(self, file: CachedFile, offset: int, data: bytes | memoryview, account: Account | None = None) -> None:
         """Copies `data` into pages and makes them DIRTY; grows the file. Raises NoRoom or Busy, having written nothing.
 
         To be called when `pages_to_fill` is empty and no page of the range is FILLING, with no await in between.
@@ -302,7 +313,7 @@ class PageCache:
             stop = min(end, (index + 1) * GROUP_SIZE)
             self._write_group(group, span(first, last), start, data[start - offset : stop - offset])
         file.size = max(file.size, end)
-        self.write_bytes += len(data)
+        (account or self.accounts.nobody).write_bytes += len(data)
 
     def _unwritten_after(self, file: CachedFile, parts: list[tuple[int, int, int]]) -> int:
         count = self.dirty_pages + self.writeback_pages
@@ -454,6 +465,7 @@ class PageCache:
             group = Group(file, index, *self.arena.allocate(need, near))
             if group.touched:
                 self.arena.leave_holes(group)
+            group.born = self.clock()
             file.groups[index] = self._groups[group.key] = group
         elif pages > group.capacity:
             self._move(group)
@@ -495,6 +507,26 @@ class PageCache:
             file.dirty_groups.pop(group.index, None)
 
     # --- looking at it -----------------------------------------------------------------------------------------------
+
+    @property
+    def page_hits(self) -> int:
+        return self.accounts.total("page_hits")
+
+    @property
+    def page_misses(self) -> int:
+        return self.accounts.total("page_misses")
+
+    @property
+    def hit_bytes(self) -> int:
+        return self.accounts.total("hit_bytes")
+
+    @property
+    def miss_bytes(self) -> int:
+        return self.accounts.total("miss_bytes")
+
+    @property
+    def write_bytes(self) -> int:
+        return self.accounts.total("write_bytes")
 
     def statistics(self) -> CacheStatistics:
         redirtied = 0

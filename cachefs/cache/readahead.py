@@ -105,6 +105,10 @@ class Readahead:
                 return None  # a random or repeated hit
         return self._on_event(first, count, missed, end, max_pages)
 
+    def describe(self) -> list[dict[str, int]]:
+        """The streams in pages, the one with the latest miss or marker first; for people."""
+        return [{"position": s.position, "marker": s.marker, "stop": s.stop, "window": s.size} for s in self._streams]
+
     def _on_event(self, first: int, count: int, missed: bool, end: int, max_pages: int) -> Window | None:
         """A miss, or a hit that may touch a stream other than the current one or reach a marker."""
         previous, self._previous = self._previous, first + count

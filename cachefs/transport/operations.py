@@ -57,7 +57,7 @@ def wanted(record: logging.LogRecord) -> bool:
 
 
 def caller(ctx: RequestContext) -> Caller:
-    return Caller(ctx.uid, ctx.gid, ctx.umask, frozenset((ctx.gid,)))
+    return Caller(ctx.uid, ctx.gid, ctx.umask, frozenset((ctx.gid,)), ctx.pid)
 
 
 def groups_of(ctx: RequestContext, inode: Inode) -> frozenset[int]:
@@ -242,7 +242,7 @@ class Operations(pyfuse3.Operations):
     @request
     async def open(self, node: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         inode = self._inode(node)
-        opened = await self.files.open(inode, flags, ctx.uid, groups_of(ctx, inode))
+        opened = await self.files.open(inode, flags, ctx.uid, groups_of(ctx, inode), ctx.pid)
         if opened.attributes_changed:  # or the kernel would go on with the size it knows until its time is over
             with contextlib.suppress(OSError):
                 pyfuse3.invalidate_inode(node, attr_only=True)  # waits for nobody: it touches no pages

@@ -141,7 +141,8 @@ def test_every_link_leads_somewhere(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_target_and_option_exists(document: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
-    options = {option.dashed for option in OPTIONS} | {"--foreground", "--json", "--timeout", "--version", "--no-allow-other"}
+    parameters = [parameter for command in commands.commands.values() for parameter in command.params]
+    options = {"--version", *(word for parameter in parameters for word in (*parameter.opts, *parameter.secondary_opts))}
     missing = []
     for text in marked(document):
         first, _, rest = text.partition(" ")
