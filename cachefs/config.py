@@ -17,6 +17,7 @@ DEFAULT_CACHE_BYTES = 1 << 30
 POLICY_NAMES = ("lru", "sieve", "s3fifo")
 DEFAULT_POLICY = "s3fifo"
 KERNEL_CACHE_MODES = ("off", "open", "keep")
+DURABILITIES = ("backing", "journal", "none")
 BACKING_KINDS = ("auto", "local", "network")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MOUNT_FLAGS = ("nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "strictatime", "nosymfollow")
@@ -47,6 +48,8 @@ OPTIONS = (
     Option("dirty_background", "SIZE", "how much of it starts writeback", "half of --dirty-limit"),
     Option("dirty_expire", "TIME", "age at which it is written back", "5s"),
     Option("writeback_interval", "TIME", "how often to look for it", "1s"),
+    Option("durability", "KIND", "when fsync returns, and whether there is a journal", "backing", DURABILITIES),
+    Option("journal_size", "SIZE", "most disk for the journal of unwritten data; writers wait at it", "1G"),
     Option("metadata_ttl", "TIME", "how long names and attributes are believed", "1s"),
     Option("backing", "KIND", "is SOURCE a local disk or far away", "auto", BACKING_KINDS),
     Option("metrics", "ADDRESS:PORT", "where Prometheus finds /metrics; port 0 = any, off = nowhere", "127.0.0.1:9477"),
@@ -75,6 +78,8 @@ class Config:
     dirty_background_bytes: int
     dirty_expire_seconds: float
     writeback_interval_seconds: float
+    durability: str  # backing | journal | none
+    journal_size_bytes: int
     metadata_ttl_seconds: float
     backing: str  # auto | local | network
     metrics_host: str | None  # None = off
@@ -120,6 +125,8 @@ def make_config(
         dirty_background_bytes=background_bytes,
         dirty_expire_seconds=_duration(asked, "dirty_expire"),
         writeback_interval_seconds=_interval(asked, "writeback_interval"),
+        durability=_choice(asked, "durability"),
+        journal_size_bytes=_journal_size(asked, limit_bytes),
         metadata_ttl_seconds=_duration(asked, "metadata_ttl"),
         backing=_choice(asked, "backing"),
         metrics_host=host,
@@ -193,6 +200,19 @@ def _dirty_limits(asked: Mapping[str, str], cache_bytes: int) -> tuple[int, int]
         given = f"--dirty-background {asked['dirty_background']}"
         raise UsageError(f"{given} is above the dirty limit: give at most {format_size(limit_bytes)}")
     return limit_bytes, background_bytes
+
+
+def _journal_size(asked: Mapping[str, str], limit_bytes: int) -> int:
+    """At least twice what may be unwritten: else writers would wait at it all of a sudden, and not be slowed before."""
+    size_bytes = _size(asked, "journal_size")
+    if _text(asked, "durability") == "none":
+        return 0
+    if "journal_size" not in asked:
+        return max(size_bytes, 2 * limit_bytes)
+    if size_bytes < 2 * limit_bytes:
+        given = f"--journal-size {asked['journal_size']}"
+        raise UsageError(f"{given} is below twice the dirty limit: give at least {format_size(2 * limit_bytes)}")
+    return size_bytes
 
 
 def _text(asked: Mapping[str, str], name: str) -> str:

@@ -10,23 +10,29 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from cachefs.config import Config
 from cachefs.errors import CachefsError
 from cachefs.state import SERVING, State
 
 Ready = Callable[[Mapping[str, object]], None]
+Show = Callable[[Mapping[str, Any]], None]
 Serve = Callable[[Config, State, Ready], int]
 
+EXTEND_USEC = 60_000_000  # systemd is told at least every file of a recovery
 LOG_BYTES = 4 * 1024 * 1024
 LOG_BACKUPS = 3
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _log = logging.getLogger(__name__)
 
 
-def run(config: Config, state: State, serve: Serve, *, foreground: bool) -> int:
-    """Runs `serve` here until the unmount, or in a child that goes on when this returns; the exit status."""
-    return _run_foreground(config, state, serve) if foreground else _run_background(config, state, serve)
+def run(config: Config, state: State, serve: Serve, *, foreground: bool, show: Show = lambda message: None) -> int:
+    """Runs `serve` here until the unmount, or in a child that goes on when this returns; the exit status.
+
+    `show` is told how a start in the background gets on: {"progress": [bytes done, bytes in all]}, {"notes": [lines]}.
+    """
+    return _run_foreground(config, state, serve) if foreground else _run_background(config, state, serve, show)
 
 
 def notify(message: str) -> None:
@@ -50,6 +56,9 @@ def _run_foreground(config: Config, state: State, serve: Serve) -> int:
     _start_logging(handler, config.log_level)
 
     def ready(addresses: Mapping[str, object]) -> None:
+        if "progress" in addresses:
+            notify(f"EXTEND_TIMEOUT_USEC={EXTEND_USEC}\nSTATUS=writing out what a predecessor left")
+            return
         _publish(state, addresses)
         notify(f"READY=1\nSTATUS=serving {config.source} on {config.mountpoint}")
 
@@ -65,7 +74,7 @@ def _run_foreground(config: Config, state: State, serve: Serve) -> int:
         logging.getLogger().removeHandler(handler)
 
 
-def _run_background(config: Config, state: State, serve: Serve) -> int:
+def _run_background(config: Config, state: State, serve: Serve, show: Show) -> int:
     reading, writing = os.pipe2(os.O_CLOEXEC)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -75,7 +84,7 @@ def _run_background(config: Config, state: State, serve: Serve) -> int:
     os.close(writing)
     state.leave_to_child()
     try:
-        return _wait_until_ready(child, reading, state.log_path)
+        return _wait_until_ready(child, reading, state.log_path, show)
     except KeyboardInterrupt:
         os.kill(child, signal.SIGTERM)
         raise
@@ -83,17 +92,18 @@ def _run_background(config: Config, state: State, serve: Serve) -> int:
         os.close(reading)
 
 
-def _wait_until_ready(child: int, reading: int, log_path: str) -> int:
+def _wait_until_ready(child: int, reading: int, log_path: str, show: Show) -> int:
     with open(reading, "rb", closefd=False) as pipe:
-        line = pipe.readline()
-    if line:
-        message = json.loads(line)
-        if "error" in message:
-            os.waitpid(child, 0)  # so that the state is free when the user reads the error
-            error = CachefsError(message["error"])
-            error.exit_status = message["exit_status"]
-            raise error
-        return 0
+        for line in pipe:
+            message = json.loads(line)
+            show(message)
+            if "error" in message:
+                os.waitpid(child, 0)  # so that the state is free when the user reads the error
+                error = CachefsError(message["error"])
+                error.exit_status = message["exit_status"]
+                raise error
+            if "ready" in message:
+                return 0
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
@@ -116,17 +126,21 @@ def _serve_and_tell(config: Config, state: State, serve: Serve, writing: int) ->
     """Runs `serve`, tells the waiting parent once how the start went, and gives up the state."""
     telling: int | None = writing
 
-    def tell(message: Mapping[str, object]) -> None:
+    def tell(message: Mapping[str, object], last: bool = True) -> None:
         nonlocal telling
         if telling is not None:
             with contextlib.suppress(OSError):  # the parent was interrupted
                 os.write(telling, json.dumps(message).encode("ascii") + b"\n")
-            os.close(telling)
-            telling = None
+            if last:
+                os.close(telling)
+                telling = None
 
     def ready(addresses: Mapping[str, object]) -> None:
+        if "progress" in addresses:
+            tell(addresses, last=False)
+            return
         _publish(state, addresses)
-        tell({"ready": True})
+        tell({"ready": True, "notes": addresses.get("notes", [])})
 
     try:
         _leave_the_terminal(state, keep=(writing, state.lock_fd))

@@ -21,6 +21,7 @@ from cachefs.cache.readahead import Window
 from cachefs.descriptors import Descriptors
 from cachefs.handle import Handle
 from cachefs.inode import Inode, signature_of
+from cachefs.keeper import Keeper
 from cachefs.process import name_of
 from cachefs.source import DataDescriptors, FileSource
 from cachefs.writeback import Writeback
@@ -63,6 +64,7 @@ class Files:
         cache: PageCache,
         filler: Filler,
         writeback: Writeback,
+        keeper: Keeper,
         readahead_max_bytes: int,
         metadata_ttl_seconds: float,
         changed: Callable[[Inode], None],
@@ -72,6 +74,7 @@ class Files:
         self.cache = cache
         self.filler = filler
         self.writeback = writeback
+        self.keeper = keeper
         self.data = DataDescriptors(io, descriptors)
         self.data.noticed = self._noticed
         self.handles: dict[int, Handle] = {}
@@ -128,11 +131,14 @@ class Files:
         """Takes in attributes after a change of our own, one of `contents` and mtime or one that leaves these alone."""
         inode.epoch += 1
         inode.st = st
+        inode.unsynced = True
         inode.checked_at = trio.current_time()
         file, signature = inode.file, signature_of(st)
         if not contents and file is not None and not file.unwritten and signature[:2] != inode.signature[:2]:
             self._changed_underneath(inode, file, st)  # by somebody else, just before
         inode.signature = signature
+        if inode.journaled is not None:
+            self.keeper.changed(inode)
 
     def believed(self, inode: Inode) -> bool:
         """Whether the attributes need not be read: a backing far away was asked for them a short time ago."""
@@ -190,7 +196,7 @@ class Files:
             if not self.believed(inode):
                 await self.refresh(inode)
             changed = before != signature_of(inode.st)
-            self._ensure_file(inode)
+            self.ensure_file(inode)
             if flags & os.O_TRUNC:
                 await self.truncate(inode, 0, uid, gids)
         except BaseException:
@@ -208,10 +214,11 @@ class Files:
         """A handle on a file just created, with the descriptor it was created with."""
         inode.opens += 1
         self.data.created(inode, fd)
-        self._ensure_file(inode)
+        self.ensure_file(inode)
         return Opened(self._new_handle(inode, flags, uid, gids, pid), True, False)
 
-    def _ensure_file(self, inode: Inode) -> CachedFile:
+    def ensure_file(self, inode: Inode) -> CachedFile:
+        """The cached file of an inode, new if there is none."""
         if inode.file is None:
             inode.file = self.cache.add_file(FileSource(inode, self.data), inode.st.st_size)
             inode.signature = signature_of(inode.st)
@@ -224,9 +231,9 @@ class Files:
         return self._last_handle
 
     async def flush(self, number: int) -> None:
-        """close(2): on a backing far away the data goes there now; in any case an error not yet reported is."""
+        """close(2): on a backing far away the data goes there now, unless the journal is to be enough; errors are reported."""
         handle = self.handles[number]
-        if self.io.backing.blocking and handle.writable and handle.inode.unwritten:
+        if self.io.backing.blocking and self.keeper.synced is None and handle.writable and handle.inode.unwritten:
             await self._write_out(handle.inode)
         self._report(handle)
 
@@ -301,11 +308,17 @@ class Files:
         now = now_ns(inode)
         inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
 
-        def dirtied() -> None:
+        safe = True
+
+        def dirtied(at: int, nbytes: int) -> None:
+            nonlocal safe
             inode.epoch += 1
             self.writeback.note(inode)
+            safe = self.keeper.wrote(inode, at, nbytes) and safe
 
         await self.filler.write(file, offset, data, dirtied, handle.account)
+        if not safe:
+            await self.writeback.flush(inode)
         if handle.synchronous:
             await self.fsync(number, True)
         return len(data)
@@ -327,20 +340,26 @@ class Files:
         if inode.file is not None:
             inode.mtime_ns = inode.st.st_mtime_ns
             inode.ctime_shown = (inode.ctime_shown[0], inode.st.st_ctime_ns)
+            self.keeper.changed(inode)
 
     async def _truncate_backing(self, inode: Inode, size: int) -> None:
         await self.notice_locked(inode)
         backing = self.io.backing
+        self.keeper.cut(inode, size)
         inode.busy += 1
         try:
             if inode.writer >= 0:
                 await self.io.call("truncate", backing.truncate, inode.writer, size)
             else:
                 await self.descriptors.at("truncate", inode, backing.truncate, size)
+        except BaseException:
+            self.keeper.cut_failed(inode)
+            raise
         finally:
             inode.busy -= 1
         if inode.file is not None:  # at once: the backing has it, whatever becomes of the look at its attributes
             self.cache.truncate(inode.file, size)
+            self.keeper.cut_done(inode, size)
         await self.readopt(inode, contents=True)
 
     async def kill_set_id(self, inode: Inode, gids: frozenset[int]) -> None:
@@ -360,13 +379,23 @@ class Files:
         """Everything written to the file so far is on the backing, and durable there, when this returns without error."""
         handle = self.handles[number]
         inode = handle.inode
-        await self._write_out(inode)
+        if self.keeper.synced is None:
+            await self._write_out(inode)
+        else:
+            await self.keeper.sync(inode)
         self._report(handle)
+        if inode.unsynced or self.keeper.synced is None:
+            await self._sync_backing(handle, datasync)
+
+    async def _sync_backing(self, handle: Handle, datasync: bool) -> None:
+        inode = handle.inode
         inode.busy += 1
         try:
             fd = inode.writer if inode.writer >= 0 else await self.data.reader(inode)
+            inode.unsynced = False
             await self.io.in_thread("fsync", self.io.backing.fsync, fd, datasync)
         except OSError as error:  # the backing tells each descriptor once, and all handles share ours
+            inode.unsynced = True
             inode.error_count += 1
             inode.error_errno = error.errno or errno.EIO
             handle.errors_seen = inode.error_count

@@ -76,9 +76,8 @@ class FileSystem:
         return inode
 
     async def find(self, parent: Inode, name: bytes) -> Inode:
-        """The inode called `name`, for a use of our own: `drop` it afterwards."""
-        st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
-        return self._found(parent, name, st)
+        """The same for ourselves: no lookup is counted. `drop` it afterwards."""
+        return self._found(parent, name, await self.descriptors.at("lookup", parent, self.backing.stat, name))
 
     def _found(self, parent: Inode, name: bytes, st: os.stat_result) -> Inode:
         inode = self.table.add(st)
@@ -141,6 +140,7 @@ class FileSystem:
                 await self._change(inode, "utime", self.backing.utime, changes.atime_ns, changes.mtime_ns)
                 if changes.mtime_ns is not None:
                     inode.mtime_ns = changes.mtime_ns
+                    self.files.keeper.changed(inode)
         if changes.size is not None and uid and inode.st.st_mode & SET_ID:
             await self.files.kill_set_id(inode, gids)
 
@@ -231,6 +231,7 @@ class FileSystem:
 
         await self.descriptors.at_two("link", inode, parent, link)
         self.table.name(inode, parent, name)
+        self.files.keeper.moved(inode)
         await self.files.readopt(inode)
         inode.lookups += 1
         return inode
@@ -275,9 +276,12 @@ class FileSystem:
             gone = before is None or before.st_nlink <= 1 or inode.is_dir
         if gone:
             inode.unlinked = True
+            self.files.keeper.forget(inode)
             self.table.renumbered(inode)
             if inode.file is not None and not inode.opens:
                 self.files.cache.discard(inode.file)
+        else:
+            self.files.keeper.moved(inode)
 
     async def rename(self, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes, flags: int) -> None:
         def rename(dirfd: int, new_dirfd: int) -> None:
@@ -285,6 +289,8 @@ class FileSystem:
 
         st, inode = await self._peek(parent, name)
         async with self._going(new_parent, new_name) as (target_st, target):
+            if inode is not None:
+                self._moving(inode, parent, name, new_parent, new_name)
             await self.descriptors.at_two("rename", parent, new_parent, rename)
             if st is not None and target_st is not None and (st.st_dev, st.st_ino) == (target_st.st_dev, target_st.st_ino):
                 return  # two names of one file: nothing happens
@@ -292,13 +298,25 @@ class FileSystem:
                 self.table.unname(target, new_parent, new_name)
                 if flags & RENAME_EXCHANGE:
                     self.table.name(target, parent, name)
+                    self._moved(target)
                     await self.files.readopt(target)
                 else:
                     await self._lost_a_name(target, target_st)
         if inode is not None:
             self.table.unname(inode, parent, name)
             self.table.name(inode, new_parent, new_name)
+            self._moved(inode)
             await self.files.readopt(inode)
+
+    def _moving(self, inode: Inode, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes) -> None:
+        """Unwritten files that a rename is about to give other paths can be found under both until it is done."""
+        before, after = self.table.path_in(parent, name), self.table.path_in(new_parent, new_name)
+        for moving in self.writeback.dirty if inode.is_dir else (inode,):
+            self.files.keeper.moving(moving, before, after)
+
+    def _moved(self, inode: Inode) -> None:
+        for moved in self.writeback.dirty if inode.is_dir else (inode,):
+            self.files.keeper.moved(moved)
 
     # --- directories ---------------------------------------------------------------------------------------------------
 
@@ -395,6 +413,9 @@ class FileSystem:
     async def sync(self) -> list[Inode]:
         """Writes everything out and makes it durable; returns what could not be written."""
         failed = await self.writeback.flush_all()
-        inode = self.table.root
-        await self.io.in_thread("syncfs", self.backing.syncfs, inode.fd)
+        await self.make_durable()
         return failed
+
+    async def make_durable(self) -> None:
+        """Has the backing make durable what it has."""
+        await self.io.in_thread("syncfs", self.backing.syncfs, self.table.root.fd)

@@ -9,12 +9,15 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import trio
 
 from cachefs.cache.file import CachedFile
+from cachefs.journal.journal import JournalFile
 
 ROOT_NODE = 1
+PATHS_MOST = 8  # of the names of a file with many hard links
 FIRST_MADE_UP_NODE = 1 << 62  # node ids of files whose own number is taken: other devices, numbers 0 and 1
 
 Signature = tuple[int, int, int]
@@ -34,8 +37,8 @@ class Inode:
 
     __slots__ = (
         "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "epoch", "error_count",
-        "error_errno", "fd", "fd_busy", "file", "handle", "key", "lookups", "mtime_ns", "names", "node", "opens",
-        "reader", "retry_at", "retry_seconds", "signature", "st", "unlinked", "writer",
+        "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "key", "lookups", "mtime_ns", "names", "node", "opens",
+        "reader", "retry_at", "retry_seconds", "signature", "st", "unlinked", "unsynced", "writer",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -58,9 +61,11 @@ class Inode:
         self.ctime_shown = (0, 0)  # (backing's ctime, the one to show instead): writeback must not be seen as a change
         self.error_count = 0  # failures of writeback; a handle that has seen fewer reports `error_errno`
         self.error_errno = 0
+        self.journaled: JournalFile | None = None  # its unwritten pages in the journal
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
         self._lock: trio.Lock | None = None
         self.unlinked = False  # its last name is gone
+        self.unsynced = True  # the backing may have something of it that is not durable there
 
     @property
     def lock(self) -> trio.Lock:
@@ -159,6 +164,18 @@ class InodeTable:
         if (parent, name) in inode.names:
             del inode.names[parent, name]
             parent.children -= 1
+
+    def paths(self, inode: Inode) -> tuple[bytes, ...]:
+        """Its names as paths relative to the root, oldest first, a few of them at most."""
+        return tuple(self.path_in(parent, name) for parent, name in islice(inode.names, PATHS_MOST))
+
+    def path_in(self, parent: Inode, name: bytes) -> bytes:
+        """The path of `name` in `parent` relative to the root."""
+        parts = [name]
+        while parent is not self.root and parent.names:
+            parent, name = next(iter(parent.names))
+            parts.append(name)
+        return b"/".join(reversed(parts))
 
     def drop(self, inode: Inode) -> list[Inode]:
         """Forgets an inode that nobody uses, and parents that were kept for it alone; returns those, for their descriptors.

@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
 
 import pyfuse3
 import trio
@@ -17,9 +16,11 @@ from backing.base import Backing
 from cachefs import controlserver, daemon, mountinfo
 from cachefs.commands import Commands
 from cachefs.config import Config
+from cachefs.daemon import Ready
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode
 from cachefs.metrics import MetricsServer, make_registry
+from cachefs.recovery import Predecessor, Recovery
 from cachefs.stack import Stack, raise_descriptor_limit
 from cachefs.state import State
 from cachefs.statistics import Statistics
@@ -35,11 +36,12 @@ SWITCH_SECONDS = 0.0005  # a thread back from the backing waits no longer for th
 LAST_TRIES = 5  # at the end, for files whose writeback fails
 LAST_TRY_PAUSE_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for programs that still have files open when SIGTERM came
+RETIRE_SECONDS = 1.0
 SWEEP_SECONDS, SWEEP_INODES = 1.0, 1000  # ~1 ms of every second
 
 
-def serve(config: Config, state: State, ready: Callable[[Mapping[str, object]], None]) -> int:
-    """Runs one mount from start to after its unmount. `ready` is called once, with the addresses in use.
+def serve(config: Config, state: State, ready: Ready) -> int:
+    """Runs one mount from start to after its unmount. `ready` is called once, with the addresses in use; before, with progress.
 
     Returns 0 when all was written, 1 when something could not be (it is in the log); CachefsError before it was ready.
     """
@@ -47,8 +49,9 @@ def serve(config: Config, state: State, ready: Callable[[Mapping[str, object]], 
     sys.setswitchinterval(SWITCH_SECONDS)
     os.umask(0)  # modes come with the callers' own umask
     backing = make_backing(config)
+    predecessor = Predecessor(config, state.directory) if config.durability != "none" else None
     try:
-        return trio.run(functools.partial(Mount(config, state, backing).run, ready))
+        return trio.run(functools.partial(Mount(config, state, backing, predecessor).run, ready))
     except BaseExceptionGroup as group:
         # Not `except*`: what is raised in there comes out in a group again.
         problem = _lone_problem(group)
@@ -67,8 +70,9 @@ def _lone_problem(error: BaseException) -> CachefsError | None:
 class Mount:
     """Everything that belongs to one mount."""
 
-    def __init__(self, config: Config, state: State, backing: Backing) -> None:
+    def __init__(self, config: Config, state: State, backing: Backing, predecessor: Predecessor | None) -> None:
         self.config = config
+        self.predecessor = predecessor
         self.state = state
         self.backing = backing
         self.stopping = False
@@ -83,13 +87,14 @@ class Mount:
 
     # --- running -------------------------------------------------------------------------------------------------------
 
-    async def run(self, ready: Callable[[Mapping[str, object]], None]) -> int:
+    async def run(self, ready: Ready) -> int:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals)
             self.tasks = Guarded(nursery)
             self.stack = Stack(self.config, self.backing, self.tasks, self._changed)
             self.commands = Commands(self)
             self.views = ViewCommands(self.stack)
+            notes = await self._recover(ready)
             try:
                 self._connect(nursery)
                 await self._start_services(nursery)
@@ -98,7 +103,7 @@ class Mount:
                     await trio.to_thread.run_sync(
                         negotiate.set_kernel_readahead, self.config.mountpoint, self.config.readahead_max_bytes >> 10
                     )
-                ready({"metrics": self.metrics_url})
+                ready({"metrics": self.metrics_url, "notes": notes})
                 log.info("serving %s on %s", self.config.source, self.config.mountpoint)
                 self._serving.set()
             except BaseException:
@@ -109,6 +114,14 @@ class Mount:
             await self._finish()
             nursery.cancel_scope.cancel()
         return self.exit_status
+
+    async def _recover(self, ready: Ready) -> list[str]:
+        """Writes what a killed predecessor could not, before the mountpoint answers; returns what the user has to know of it."""
+        if self.predecessor is None:
+            return []
+        recovery = Recovery(self.stack, self.predecessor, lambda done, total: ready({"progress": [done, total]}))
+        await recovery.run()
+        return recovery.notes
 
     def _connect(self, nursery: trio.Nursery) -> None:
         """Mounts and begins to answer."""
@@ -137,6 +150,7 @@ class Mount:
     async def _start_services(self, nursery: trio.Nursery) -> None:
         self.tasks.start_service(self.stack.writeback.run)
         self.tasks.start_service(self._sweep)
+        self.tasks.start_service(self._retire)
         handlers = {**self.commands.handlers(), **self.views.handlers()}
         await nursery.start(controlserver.serve, self.state.socket_path, handlers)
         if self.config.metrics_host is not None:
@@ -152,6 +166,11 @@ class Mount:
             await trio.sleep(SWEEP_SECONDS)
             self.stack.fs.sweep(SWEEP_INODES)
             self.stack.cache.accounts.tick(self.stack.cache.clock())
+
+    async def _retire(self) -> None:
+        while True:
+            await trio.sleep(RETIRE_SECONDS)
+            await self.stack.keeper.retire()
 
     def _changed(self, inode: Inode) -> None:
         """The file's contents changed underneath: the kernel's pages of it are wrong too."""
@@ -225,6 +244,7 @@ class Mount:
         if os.environ.get("CACHEFS_CHECK"):
             self._check()
         pyfuse3.close(unmount=False)
+        await self.stack.keeper.close()
         if self.metrics is not None:
             self.metrics.close()
         log.info("unmounted %s", self.config.mountpoint)

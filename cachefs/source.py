@@ -141,6 +141,7 @@ class FileSource:
             inode.st = st
             inode.signature = signature_of(st)
             inode.epoch += 1
+            inode.unsynced = True
         return done, error
 
 

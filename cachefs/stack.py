@@ -18,6 +18,7 @@ from cachefs.descriptors import BUDGET_MAX, Descriptors
 from cachefs.files import Files
 from cachefs.fs import FileSystem
 from cachefs.inode import Inode, InodeTable
+from cachefs.keeper import Keeper
 from cachefs.statistics import FileSystemStatistics, HistogramSnapshot, Statistics
 from cachefs.tasks import Spawner
 from cachefs.writeback import Writeback
@@ -47,8 +48,10 @@ class Stack:
         self.descriptors = Descriptors(self.io, self.table, root_fd, descriptor_budget())
         pages = config.cache_size_bytes // PAGE_SIZE
         self.cache = PageCache(policy.make(config.policy, pages), pages, time.monotonic)
+        self.keeper = Keeper(self.cache, self.table, backing)
         self.writeback = Writeback(
             self.cache,
+            self.keeper,
             limit_bytes=config.dirty_limit_bytes,
             background_bytes=config.dirty_background_bytes,
             expire_seconds=config.dirty_expire_seconds,
@@ -57,10 +60,11 @@ class Stack:
         )
         self.filler = Filler(self.cache, tasks, self.writeback.need_room)
         self.files = Files(
-            self.io, self.descriptors, self.cache, self.filler, self.writeback,
+            self.io, self.descriptors, self.cache, self.filler, self.writeback, self.keeper,
             config.readahead_max_bytes, config.metadata_ttl_seconds, changed,
         )  # fmt: skip
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
+        self.keeper.make_durable = self.fs.make_durable
 
     def _settled(self, inode: Inode) -> None:
         self.files.data.settle(inode)
@@ -78,11 +82,8 @@ class Stack:
 
     def path(self, inode: Inode) -> str:
         """A name of the inode relative to SOURCE, for people."""
-        parts: list[bytes] = []
-        while inode is not self.table.root and inode.names:
-            inode, name = next(iter(inode.names))
-            parts.append(name)
-        return os.fsdecode(b"/".join(reversed(parts)))
+        paths = self.table.paths(inode)
+        return os.fsdecode(paths[0]) if paths else ""
 
     def statistics(self, kernel_cache: str, durations: dict[str, HistogramSnapshot]) -> Statistics:
         """A snapshot; what is above, the kernel's mode and the durations of requests, is passed in."""
@@ -95,6 +96,7 @@ class Stack:
             cache=self.cache.statistics(),
             writeback=self.writeback.statistics(),
             backing=self.io.statistics(),
+            journal=self.keeper.statistics(),
             filesystem=FileSystemStatistics(
                 durations=durations,
                 open_handles=len(self.files.handles),
@@ -108,3 +110,4 @@ class Stack:
         self.cache.check_invariants()
         self.table.check()
         assert sum(account.opens for account in self.cache.accounts) == len(self.files.handles), "handles without an account"
+        self.keeper.check()

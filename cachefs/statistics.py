@@ -76,6 +76,16 @@ class WritebackStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class JournalStatistics:
+    """What of the unwritten data would survive this process; zeros without a journal."""
+
+    used_bytes: int
+    size_bytes: int  # at most
+    replayed_bytes: int  # found at the mount and put into the cache again
+    written_through: int  # writes that it could not take, and that went to the backing at once
+
+
+@dataclass(frozen=True, slots=True)
 class BackingStatistics:
     """Calls to the backing and what they showed of it."""
 
@@ -108,4 +118,5 @@ class Statistics:
     cache: CacheStatistics
     writeback: WritebackStatistics
     backing: BackingStatistics
+    journal: JournalStatistics
     filesystem: FileSystemStatistics

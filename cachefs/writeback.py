@@ -24,6 +24,7 @@ from cachefs.cache.file import CachedFile
 from cachefs.cache.page import GROUP_SHIFT, GROUP_SIZE, PAGE_SHIFT, PAGE_SIZE, Group, runs
 from cachefs.cache.pagecache import PageCache
 from cachefs.inode import Inode
+from cachefs.keeper import Keeper
 from cachefs.statistics import WritebackStatistics
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Writeback:
     def __init__(
         self,
         cache: PageCache,
+        keeper: Keeper,
         *,
         limit_bytes: int,
         background_bytes: int,
@@ -51,6 +53,7 @@ class Writeback:
         settled: Callable[[Inode], None] = lambda inode: None,
     ) -> None:
         self.cache = cache
+        self.keeper = keeper
         self.limit_pages = limit_bytes // PAGE_SIZE
         self.background_pages = background_bytes // PAGE_SIZE
         self.expire_seconds = expire_seconds
@@ -82,7 +85,7 @@ class Writeback:
         self._wake.set()
 
     def must_throttle(self, nbytes: int) -> bool:
-        return self._level_after(nbytes) > (self.background_pages + self.limit_pages) // 2
+        return self._level_after(nbytes) > (self.background_pages + self.limit_pages) // 2 or self.keeper.full(nbytes)
 
     def _level_after(self, nbytes: int) -> int:
         """Unwritten pages once `nbytes` more are written; of long writes the first piece counts, see `Filler.write`."""
@@ -93,8 +96,8 @@ class Writeback:
         start = self.cache.clock()
         free = (self.background_pages + self.limit_pages) // 2
         self.kick()
-        while (level := self._level_after(nbytes)) > free:
-            if level > self.limit_pages:
+        while (level := self._level_after(nbytes)) > free or self.keeper.full(nbytes):
+            if level > self.limit_pages or self.keeper.full(nbytes):
                 self.need_room()
                 await self.cache.room.park()
                 continue
@@ -230,10 +233,13 @@ class Writeback:
         end_page = (last_group.index << GROUP_SHIFT) + last_mask.bit_length()
         since = file.groups[batch[0][2][0][0].index].dirty_since
         start = self.cache.clock()
+        last_seq = self.keeper.begin(inode)
         done, error = 0, None
         try:
             done, error = await file.source.write([(offset, buffers) for offset, buffers, _ in batch])
         finally:
+            written = [(offset, sum(map(len, buffers))) for offset, buffers, _ in batch[:done]]
+            self.keeper.end(inode, written, last_seq, done < len(batch))
             for i, (_, _, pages) in enumerate(batch):
                 for group, mask in pages:
                     self.cache.finish_writeback(group, mask, None if i < done else since)

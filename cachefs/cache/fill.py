@@ -150,18 +150,19 @@ class Filler:
         file: CachedFile,
         offset: int,
         data: bytes | memoryview,
-        dirtied: Callable[[], None],
+        dirtied: Callable[[int, int], None],
         account: Account | None = None,
     ) -> None:
         """Copies `data` into dirty pages; what must be read first is read. Long ones go in pieces.
 
-        `dirtied` is called after each piece: while a later one waits for room, writeback has to know of those before it.
+        `dirtied(offset, bytes)` is called after each piece: while a later one waits for room, writeback has to know of those
+        before it.
         """
         most = max(1, min(self.cache.capacity_pages // 8, self.cache.dirty_limit_pages // 4)) * PAGE_SIZE
         view = memoryview(data)
         while view:
             step = await self._write_piece(file, offset, view[: most - offset % PAGE_SIZE], account)
-            dirtied()
+            dirtied(offset, step)
             view, offset = view[step:], offset + step
 
     async def _write_piece(self, file: CachedFile, offset: int, data: memoryview, account: Account | None = None) -> int:

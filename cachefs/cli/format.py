@@ -50,6 +50,7 @@ def _rows(statistics: Figures, metrics: object) -> Iterator[tuple[str, str]]:
     yield "readahead", _readahead(cache)
     yield "dirty", _dirty(writeback)
     yield "written back", format_size(_count(writeback, "written_bytes")) + _throttled(writeback)
+    yield "journal", _journal(_part(statistics, "journal"))
     yield "errors", _errors(_part(backing, "errors"), _part(writeback, "errors"))
     yield "backing", _backing(backing)
     yield from _calls(_part(backing, "durations"))
@@ -112,6 +113,17 @@ def _dirty(writeback: Figures) -> str:
 def _throttled(writeback: Figures) -> str:
     seconds = _count(writeback, "throttle_seconds")
     return f", writers slowed for {format_duration(seconds)}" if seconds else ""
+
+
+def _journal(journal: Figures) -> str:
+    size = _count(journal, "size_bytes")
+    if not size:
+        return "none: what is not written back is lost if the daemon dies"
+    used, replayed = format_size(_count(journal, "used_bytes")), _count(journal, "replayed_bytes")
+    through = int(_count(journal, "written_through"))
+    notes = [f"{format_size(replayed)} replayed"] if replayed else []
+    notes += [f"{through} writes could not be taken"] if through else []
+    return ", ".join([f"{used} of at most {format_size(size)} in use", *notes])
 
 
 def _errors(backing: Figures, writeback: Figures) -> str:

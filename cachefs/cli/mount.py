@@ -1,6 +1,7 @@
 """`cachefs mount`: checks, takes the state, starts the daemon and returns when the mountpoint answers."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -64,6 +65,25 @@ def config_of(source: str, mountpoint: str, mounting: MountOptions) -> Config:
     return make_config(source, mountpoint, mounting.values, mount_flags=frozenset(mounting.flags), fsname=mounting.fsname)
 
 
+class _Start:
+    """Shows how the start gets on: a bar while a journal is replayed, on a terminal, and what the user has to know of it."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __call__(self, message: Mapping[str, Any]) -> None:
+        if "progress" in message:
+            done, total = message["progress"]
+            if self._bar is None:
+                hidden = not sys.stderr.isatty()
+                self._bar = click.progressbar(length=total, label="replaying the journal", file=sys.stderr, hidden=hidden)
+            self._bar.update(done - self._bar.pos)
+        elif self._bar is not None:
+            self._bar.render_finish()
+        for note in message.get("notes", ()):
+            click.echo(f"cachefs: {note}", err=True)
+
+
 def mount_now(config: Config, *, foreground: bool) -> int:
     """Mounts, in this process or in one that goes on in the background; the exit status."""
     preflight.check_source(config)
@@ -75,4 +95,4 @@ def mount_now(config: Config, *, foreground: bool) -> int:
     except BaseException:
         state.close()
         raise
-    return daemon.run(config, state, serve, foreground=foreground)
+    return daemon.run(config, state, serve, foreground=foreground, show=_Start())

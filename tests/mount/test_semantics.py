@@ -147,19 +147,25 @@ def test_unwritten_data_never_exceeds_its_limit(mounted: Factory) -> None:
             assert unwritten["writeback"]["dirty_bytes"] <= 1 << 20
 
 
-def test_a_killed_daemon_loses_what_was_not_written_back_and_nothing_that_was_synced(mounted: Factory) -> None:
-    mount = mounted(*LATER)
+@pytest.mark.parametrize(
+    ("durability", "afterwards"), [("backing", b"synced and not"), ("journal", b"synced and not"), ("none", b"synced")]
+)
+def test_a_killed_daemon_loses_nothing_with_a_journal_and_what_was_not_synced_without(
+    mounted: Factory, durability: str, afterwards: bytes
+) -> None:
+    mount = mounted(*LATER, "--durability", durability)
     with contextlib.suppress(OSError), opened(os.fspath(mount.path / "file"), RDWR_CREAT) as fd:
         os.write(fd, b"synced")
         os.fsync(fd)
-        os.write(fd, b" and not synced")
-        (mount.path / "other").write_bytes(b"lost")
+        os.write(fd, b" and not")
+        (mount.path / "other").write_bytes(b" and not")
         mount.process.send_signal(signal.SIGKILL)
         mount.process.wait(60)
         assert outcome(os.pread, fd, 9, 0) in ("ENOTCONN", "ECONNABORTED")
     mount.start()  # takes the dead mount away
-    assert (mount.path / "file").read_bytes() == b"synced"
-    assert (mount.path / "other").read_bytes() == b""
+    assert (mount.source / "file").read_bytes() == afterwards  # before anybody asks the mount
+    assert (mount.path / "file").read_bytes() == afterwards
+    assert (mount.path / "other").read_bytes() == afterwards.removeprefix(b"synced")
 
 
 def test_sync_makes_everything_durable_but_syncfs_of_the_kernel_does_not_reach_us(mounted: Factory) -> None:

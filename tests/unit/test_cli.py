@@ -23,6 +23,7 @@ from cachefs.statistics import (
     CacheStatistics,
     FileSystemStatistics,
     Histogram,
+    JournalStatistics,
     Statistics,
     WritebackStatistics,
 )
@@ -342,6 +343,7 @@ def a_status() -> dict[str, object]:
             durations={"read": histogram.snapshot()}, errors={}, read_bytes=1 << 20, latency_seconds=0.005,
             bandwidth_bytes_per_second=1e8,
         ),
+        journal=JournalStatistics(used_bytes=8192, size_bytes=1 << 30, replayed_bytes=0, written_through=0),
         filesystem=FileSystemStatistics(durations={}, open_handles=1, known_inodes=2, open_descriptors=3),
     )  # fmt: skip
     figures = json.loads(json.dumps(dataclasses.asdict(statistics)))

@@ -84,7 +84,7 @@ class Fixture:
         return data
 
     async def write(self, file: CachedFile, offset: int, data: bytes) -> None:
-        await self.filler.write(file, offset, data, lambda: None)
+        await self.filler.write(file, offset, data, lambda offset, nbytes: None)
         self.cache.check_invariants()
 
     def write_when_wanted(self, file: CachedFile) -> None:
@@ -431,7 +431,7 @@ async def test_regression_writeback_hears_of_every_piece_of_a_long_write() -> No
         file, _ = it.file(0)
         known = False
 
-        def dirtied() -> None:
+        def dirtied(offset: int, nbytes: int) -> None:
             nonlocal known
             known = True
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from cachefs.cache.page import PAGE_SIZE
 from cachefs.cache.policy import POLICIES
 from cachefs.inode import Inode
-from world import World, content
+from world import Leftovers, World, content
 
 EXAMPLES = 4000 if os.environ.get("CACHEFS_LONG") else 350
 SIZES = (40 * 4096 + 100, 5 * 4096, 0)  # of the files at the start; the first is larger than most of the caches
@@ -74,11 +74,12 @@ class Setting:
     running: bool  # the writeback task
     readahead: bool
     seed: int
+    journal: bool = False
 
 
 settings_of_worlds = st.builds(
     Setting, st.sampled_from(sorted(POLICIES)), st.sampled_from((16, 17, 24, 64)), st.booleans(), st.booleans(),
-    st.booleans(), st.integers(0, 99),
+    st.booleans(), st.integers(0, 99), st.booleans(),
 )  # fmt: skip
 
 
@@ -338,11 +339,17 @@ class Harness:
     def check(self) -> None:
         self.world.check()
         self.check_replies()
+        journal = self.world.keeper.journal
+        leftovers = Leftovers(journal) if journal is not None else None
         for tracked in self.tracked:
-            now = self.content(tracked)
-            if now != tracked.model:
-                at = next((i for i, (a, b) in enumerate(zip(now, tracked.model, strict=False)) if a != b), -1)
-                raise AssertionError(f"{tracked.name}: {len(now)} bytes, model {len(tracked.model)}, differ at {at}")
+            self.compare(tracked, "", self.content(tracked))
+            if leftovers is not None and not tracked.inode.unlinked:
+                self.compare(tracked, "after a kill, ", leftovers.content(tracked.inode, tracked.fd))
+
+    def compare(self, tracked: Tracked, when: str, now: bytes) -> None:
+        if now != tracked.model:
+            at = next((i for i, (a, b) in enumerate(zip(now, tracked.model, strict=False)) if a != b), -1)
+            raise AssertionError(f"{when}{tracked.name}: {len(now)} bytes, model {len(tracked.model)}, differ at {at}")
 
     async def finish(self) -> None:
         """Once the backing works again everything can be written, and is what the model says."""
@@ -361,11 +368,12 @@ class Harness:
 
 
 async def run(setting: Setting, steps: Sequence[tuple]) -> None:  # type: ignore[type-arg]
-    with tempfile.TemporaryDirectory() as top:
+    with tempfile.TemporaryDirectory() as top, tempfile.TemporaryDirectory() as journal:
         async with trio.open_nursery() as nursery:
             world = World(
                 nursery, Path(top), pages=setting.pages, policy=setting.policy, blocking=setting.blocking,
                 readahead_pages=64 if setting.readahead else 0, seed=setting.seed, ttl_seconds=0.0,
+                journal=Path(journal) if setting.journal else None,
             )  # fmt: skip
             if setting.running:
                 nursery.start_soon(world.writeback.run)
@@ -392,8 +400,9 @@ def test_everything_is_what_the_model_says(setting: Setting, steps: list[tuple])
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("journal", [False, True])
 @pytest.mark.parametrize("blocking", [False, True])
-def test_every_kind_of_step_once(policy: str, blocking: bool) -> None:
+def test_every_kind_of_step_once(policy: str, blocking: bool, journal: bool) -> None:
     """So that no kind goes untested should the generator change."""
     steps: list[tuple] = [  # type: ignore[type-arg]
         ("write", 0, (0, 0, 20 * 4096 + 1), 1),
@@ -421,4 +430,4 @@ def test_every_kind_of_step_once(policy: str, blocking: bool) -> None:
         ("drop", 1, (0, 0, 0), 0),
         ("together", [("read", 1, (0, 0, 8192), 0), ("write", 1, (4, 1, 4096), 5), ("getattr", 1, (0, 0, 0), 0)]),
     ]
-    play(Setting(policy, 16, blocking, True, True, 1), steps)
+    play(Setting(policy, 16, blocking, True, True, 1, journal), steps)

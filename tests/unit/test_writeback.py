@@ -12,10 +12,12 @@ import pytest
 import trio
 import trio.testing
 
+from backing.directory import DirectoryBacking
 from cachefs.cache.page import GROUP_SIZE, PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
 from cachefs.cache.policy import make
-from cachefs.inode import Inode
+from cachefs.inode import Inode, InodeTable
+from cachefs.keeper import Keeper
 from cachefs.writeback import BATCH_BYTES, Writeback
 from world import World
 
@@ -66,7 +68,8 @@ class Fixture:
         self.cache = PageCache(make("lru", pages), pages, trio.current_time)
         self.settled: list[Inode] = []
         self.writeback = Writeback(
-            self.cache, limit_bytes=limit * P, background_bytes=background * P, expire_seconds=expire,
+            self.cache, Keeper(self.cache, InodeTable(os.stat("/")), DirectoryBacking("/")),
+            limit_bytes=limit * P, background_bytes=background * P, expire_seconds=expire,
             interval_seconds=interval, settled=self.settled.append,
         )  # fmt: skip
 

@@ -22,9 +22,14 @@ from cachefs.descriptors import Descriptors
 from cachefs.files import Files
 from cachefs.fs import Caller, FileSystem
 from cachefs.inode import Inode, InodeTable
+from cachefs.journal.journal import Journal
+from cachefs.journal.load import read
+from cachefs.journal.records import FileRecord, PagesRecord, checksum
+from cachefs.keeper import Keeper
 from cachefs.writeback import Writeback
 
 T = TypeVar("T")
+JOURNAL_PAGES = 1024
 CALLER = Caller(os.geteuid(), os.getegid(), 0o022)
 
 
@@ -70,6 +75,7 @@ class World:
         readahead_pages: int = 4096,
         ttl_seconds: float = 1.0,
         seed: int | None = None,
+        journal: Path | None = None,
     ) -> None:
         self.top = top
         self.backing = FaultyBacking(DirectoryBacking(top, blocking=blocking))
@@ -80,8 +86,12 @@ class World:
         self.cache = PageCache(policies.make(policy, pages), pages, trio.current_time)
         limit_pages = pages // 2 if limit_pages is None else limit_pages
         background_pages = limit_pages // 2 if background_pages is None else background_pages
+        self.keeper = Keeper(self.cache, self.table, self.backing)
+        if journal is not None:
+            self.keeper.journal = Journal(str(journal), JOURNAL_PAGES * PAGE_SIZE, {})
         self.writeback = Writeback(
             self.cache,
+            self.keeper,
             limit_bytes=limit_pages * PAGE_SIZE,
             background_bytes=background_pages * PAGE_SIZE,
             expire_seconds=expire_seconds,
@@ -91,7 +101,7 @@ class World:
         self.changed: list[Inode] = []  # files that turned out to be changed underneath
         self.filler = Filler(self.cache, nursery, self.writeback.need_room)
         self.files = Files(
-            self.io, self.descriptors, self.cache, self.filler, self.writeback,
+            self.io, self.descriptors, self.cache, self.filler, self.writeback, self.keeper,
             readahead_pages * PAGE_SIZE, ttl_seconds, self.changed.append,
         )  # fmt: skip
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
@@ -129,11 +139,14 @@ class World:
             for fd in {inode.reader, inode.writer, inode.fd} - {-1}:
                 self.backing.close(fd)
         self.backing.inner.shutdown()
+        if self.keeper.journal is not None:
+            self.keeper.journal.close()
 
     def check(self) -> None:
         """Every invariant there is, and that no more is unwritten than may be."""
         self.cache.check_invariants()
         self.table.check()
+        self.keeper.check()
         assert self.writeback.unwritten_pages <= self.writeback.limit_pages
         for inode in self.table:
             assert not inode.unwritten or inode in self.writeback.dirty, "writeback does not know of dirty pages"
@@ -159,3 +172,35 @@ def content(cache: PageCache, file: CachedFile, fd: int) -> bytes:
         else:
             parts.append(theirs)
     return b"".join(parts)
+
+
+class Leftovers:
+    """What a journal would give back if the daemon were killed now, read as its successor reads it."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self.found = read(journal.index.env)
+        assert not self.found.problems
+
+    def content(self, inode: Inode, fd: int) -> bytes:
+        """The file behind `fd` as it would be after the recovery."""
+        size = os.fstat(fd).st_size
+        data = bytearray(os.pread(fd, size, 0))
+        for record in self.found.files.values():
+            if record.number == inode.key[1]:
+                data = self._replayed(data, record)
+        return bytes(data)
+
+    def _replayed(self, data: bytearray, record: FileRecord) -> bytearray:
+        data = data[: record.size].ljust(record.size, b"\0")
+        latest: dict[int, tuple[PagesRecord, int]] = {}
+        for pages in sorted(self.found.pages.get(record.file, []), key=lambda pages: pages.seq):
+            latest |= {pages.page + i: (pages, i) for i in range(pages.count)}
+        for pages in {pages for pages, _ in latest.values()}:
+            slots = self.journal.data.read((pages.slot, pages.count))
+            assert checksum(slots) == pages.checksum, "a slot that is in use was written to"
+        for page, (pages, i) in latest.items():
+            start = page * PAGE_SIZE
+            stop = min(start + PAGE_SIZE, record.size)
+            data[start:stop] = self.journal.data.read((pages.slot + i, 1))[: max(0, stop - start)]
+        return data

@@ -1,0 +1,294 @@
+"""What the journal has to know of inodes: which pages, which file, which changes of it.
+
+The keeper is told of every change before it is acknowledged, in the same stretch of plain code that makes it, so that the
+journal always holds exactly the unwritten pages (`check`). Without a journal (`--durability none`) it does nothing.
+"""
+
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+
+import trio
+
+from backing.base import Backing
+from cachefs.cache.page import GROUP_SHIFT, PAGE_SHIFT, PAGE_SIZE, pieces
+from cachefs.cache.pagecache import PageCache
+from cachefs.inode import Inode, InodeTable
+from cachefs.journal.journal import Journal, JournalFile
+from cachefs.journal.records import FileRecord, PagesRecord
+from cachefs.journal.slots import JournalFull
+from cachefs.journal.synced import Synced, rows_of
+from cachefs.statistics import JournalStatistics
+
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Keeps unwritten data in `journal`, which is given when recovery is done; None keeps nothing."""
+
+    def __init__(self, cache: PageCache, table: InodeTable, backing: Backing) -> None:
+        self.cache = cache
+        self.table = table
+        self.backing = backing
+        self.journal: Journal | None = None
+        self.synced: Synced | None = None  # with --durability journal: what fsync has made durable there
+        self.retiring: set[Inode] = set()  # written back, and named by `synced` still
+        self.make_durable: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint  # the backing, whole
+        self._syncing = trio.Lock()
+        self.replayed_bytes = 0
+        self.written_through = 0  # writes that the journal could not take
+        self._failing = False
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def full(self, nbytes: int) -> bool:
+        """Whether so much more may not fit: writers wait for writeback then. It always fits into an empty journal."""
+        journal = self.journal
+        if journal is None or not journal.slots.used:
+            return False
+        return journal.slots.used + (nbytes >> PAGE_SHIFT) + 2 > journal.slots.count
+
+    def wrote(self, inode: Inode, offset: int, nbytes: int) -> bool:
+        """The cache has these bytes. False: the journal does not, so they go to the backing before they are acknowledged."""
+        journal, file = self.journal, inode.file
+        if journal is None or inode.unlinked or file is None:
+            return True
+        try:
+            kept = inode.journaled or self._add(journal, inode)
+            kept.record.size = file.size
+            kept.record.mtime_ns = inode.mtime_ns
+            for index, first, last in pieces(offset, offset + nbytes):
+                start = file.groups[index].base + (first << PAGE_SHIFT)
+                view = self.cache.arena.view[start : start + ((last - first + 1) << PAGE_SHIFT)]
+                journal.put(kept, index << GROUP_SHIFT | first, view)
+        except (OSError, JournalFull) as error:
+            self.written_through += 1
+            self._say_failing(error)
+            return False
+        self._failing = False
+        return True
+
+    def _add(self, journal: Journal, inode: Inode) -> JournalFile:
+        device, number = inode.key
+        record = FileRecord(
+            0, 0, device, number, 0, 0, inode.signature, False, self._handle(inode), self.table.paths(inode)
+        )
+        inode.journaled = journal.add(record)
+        return inode.journaled
+
+    def _handle(self, inode: Inode) -> bytes:
+        """What tells this file from another one that gets its number later; stores that are far away are not asked."""
+        fd = max(inode.fd, inode.writer, inode.reader)
+        if self.backing.blocking or fd < 0:
+            return b""
+        try:
+            return self.backing.file_handle(fd)
+        except OSError:
+            return b""
+
+    def _say_failing(self, error: Exception) -> None:
+        if not self._failing:
+            reason = "it is full" if isinstance(error, JournalFull) else str(error)
+            log.warning("the journal cannot take more (%s): each write goes to SOURCE before it is acknowledged", reason)
+        self._failing = True
+
+    # --- writing back --------------------------------------------------------------------------------------------------
+
+    def begin(self, inode: Inode) -> int:
+        """Writeback of the file begins: from now on its times and size in SOURCE may be of our making."""
+        journal, kept = self.journal, inode.journaled
+        if journal is None or kept is None:
+            return 0
+        if not kept.record.writing:
+            kept.record.writing = True
+            self._note(journal, kept)
+        return journal.seq
+
+    def end(self, inode: Inode, extents: list[tuple[int, int]], last_seq: int, failed: bool) -> None:
+        """The backing has these extents (offset, bytes) as they were at `last_seq`, the result of `begin`."""
+        journal, kept = self.journal, inode.journaled
+        if journal is None or kept is None:
+            return
+        pages = [page for offset, nbytes in extents for page in _pages(offset, nbytes)]
+        kept.record.writing = failed
+        kept.record.signature = inode.signature
+        self._remove(journal, inode, kept, pages, last_seq)
+
+    # --- making durable ------------------------------------------------------------------------------------------------
+
+    async def sync(self, inode: Inode) -> None:
+        """What is unwritten of the file survives a power cut when this returns; OSError where the disk refuses."""
+        async with self._syncing:
+            journal, synced, kept = self.journal, self.synced, inode.journaled
+            if journal is None or synced is None or kept is None or not kept.cover:
+                return
+            record, rows, entries = replace(kept.record, seq=journal.seq), rows_of(kept), set(kept.cover.values())
+            before = kept.synced
+            for entry in entries:
+                entry.synced = True  # its slots stay, whatever becomes of its pages meanwhile
+            kept.synced = before | entries
+            try:
+                await trio.to_thread.run_sync(_store, journal, synced, record, rows)
+            except BaseException:
+                journal.unsync(kept, entries - before)
+                raise
+            journal.unsync(kept, before - entries)
+
+    async def retire(self) -> None:
+        """Lets go of what was synced of files that are written back by now, once that is durable on the backing."""
+        journal = self.journal
+        retiring = [inode for inode in self.retiring if inode.journaled is not None and not inode.journaled.cover]
+        self.retiring.clear()
+        if journal is None or self.synced is None or not retiring:
+            return
+        old = [(inode, kept, set(kept.synced)) for inode in retiring if (kept := inode.journaled) is not None]
+        try:
+            await self.make_durable()
+        except OSError as error:
+            self.retiring.update(retiring)
+            log.warning("SOURCE cannot be made durable (%s): the journal keeps what was synced", error.strerror)
+            return
+        async with self._syncing:
+            same = [(inode, kept) for inode, kept, entries in old if kept.synced == entries and not kept.cover]
+            await trio.to_thread.run_sync(self.synced.drop, [kept.record.file for _, kept in same])
+            for inode, kept in same:
+                journal.unsync(kept, set(kept.synced))
+                if not kept.cover and inode.journaled is kept:
+                    inode.journaled = None
+
+    async def close(self) -> None:
+        """The end. The journal's files are removed if the backing has everything, and has it durably if that was promised."""
+        journal, needed = self.journal, False
+        if journal is None:
+            return
+        if self.synced is not None:
+            try:
+                await self.make_durable()
+            except OSError as error:
+                needed = bool(len(self.synced))
+                log.error("SOURCE cannot be made durable (%s): the journal is kept", error.strerror)
+            self.synced.close()
+        journal.close(needed)
+        self.journal = None
+
+    # --- other changes -------------------------------------------------------------------------------------------------
+
+    def cut(self, inode: Inode, size: int) -> None:
+        """The backing's file is about to be truncated: if we end half way, that is completed."""
+        journal, kept = self.journal, inode.journaled
+        if journal is not None and kept is not None:
+            kept.record.size = size
+            with self._tolerating():
+                journal.remove(kept, _behind(kept, size), journal.seq, keep=True)
+
+    def cut_done(self, inode: Inode, size: int) -> None:
+        """It has been truncated, and so have the cached pages."""
+        journal, kept, file = self.journal, inode.journaled, inode.file
+        if journal is None or kept is None or file is None:
+            return
+        kept.record.signature = inode.signature
+        kept.record.size = file.size
+        self._remove(journal, inode, kept, _behind(kept, file.size), journal.seq)
+        page, tail = divmod(size, PAGE_SIZE)
+        if tail and page in kept.cover:  # what lies behind the end must not come back when the file grows
+            self.wrote(inode, page << PAGE_SHIFT, 1)
+
+    def cut_failed(self, inode: Inode) -> None:
+        """It could not be truncated: what was given up comes back."""
+        if inode.file is not None and inode.journaled is not None:
+            for offset, nbytes in inode.file.dirty_extents():
+                self.wrote(inode, offset, nbytes)
+
+    def changed(self, inode: Inode) -> None:
+        """Its times, or the backing's, are others now, by a change of ours."""
+        kept = inode.journaled
+        if self.journal is not None and kept is not None:
+            kept.record.mtime_ns = inode.mtime_ns
+            kept.record.signature = inode.signature
+            self._note(self.journal, kept)
+
+    def moved(self, inode: Inode) -> None:
+        """It was renamed, linked, or lost one of its names."""
+        kept = inode.journaled
+        if self.journal is not None and kept is not None and kept.record.paths != (paths := self.table.paths(inode)):
+            kept.record.paths = paths
+            self._note(self.journal, kept)
+
+    def moving(self, inode: Inode, before: bytes, after: bytes) -> None:
+        """The path `before`, its own or of a directory above it, is about to become `after`: it is looked for under both."""
+        kept = inode.journaled
+        if self.journal is not None and kept is not None:
+            paths = kept.record.paths
+            new = [after + path[len(before) :] for path in paths if path == before or path.startswith(before + b"/")]
+            if new:
+                kept.record.paths = (*new, *paths)
+                self._note(self.journal, kept)
+
+    def forget(self, inode: Inode) -> None:
+        """Nobody wants its unwritten data any more: it is gone, or a person gave it up."""
+        journal, kept = self.journal, inode.journaled
+        if journal is not None and kept is not None:
+            self._remove(journal, inode, kept, list(kept.cover), journal.seq)
+
+    def _note(self, journal: Journal, kept: JournalFile) -> None:
+        with self._tolerating():
+            journal.note(kept)
+
+    def _remove(self, journal: Journal, inode: Inode, kept: JournalFile, pages: list[int], last_seq: int) -> None:
+        with self._tolerating():
+            journal.remove(kept, pages, last_seq)
+        if kept.cover:
+            return
+        if kept.synced:
+            self.retiring.add(inode)
+        else:
+            inode.journaled = None
+
+    @contextlib.contextmanager
+    def _tolerating(self) -> Iterator[None]:
+        """What cannot be noted is noted with the file's next change; nothing that was acknowledged depends on it."""
+        try:
+            yield
+        except (OSError, JournalFull) as error:
+            self._say_failing(error)
+
+    # --- looking at it -------------------------------------------------------------------------------------------------
+
+    def statistics(self) -> JournalStatistics:
+        slots = self.journal.slots if self.journal is not None else None
+        return JournalStatistics(
+            used_bytes=slots.used * PAGE_SIZE if slots is not None else 0,
+            size_bytes=slots.count * PAGE_SIZE if slots is not None else 0,
+            replayed_bytes=self.replayed_bytes,
+            written_through=self.written_through,
+        )
+
+    def check(self) -> None:
+        """Asserts that the journal holds the unwritten pages and no others."""
+        if self.journal is None:
+            return
+        self.journal.check()
+        for inode in self.table:
+            kept = set(inode.journaled.cover) if inode.journaled is not None else set()
+            unwritten: set[int] = set()
+            if inode.file is not None and not inode.unlinked:
+                for offset, nbytes in inode.file.dirty_extents():
+                    unwritten.update(_pages(offset, nbytes))
+            assert kept <= unwritten, f"the journal has pages that are not unwritten: {sorted(kept - unwritten)[:5]}"
+            assert kept == unwritten or self.written_through, f"not in the journal: {sorted(unwritten - kept)[:5]}"
+
+
+def _store(journal: Journal, synced: Synced, record: FileRecord, rows: list[PagesRecord]) -> None:
+    journal.data.sync()
+    synced.store(record, rows)
+
+
+def _pages(offset: int, nbytes: int) -> range:
+    return range(offset >> PAGE_SHIFT, (offset + nbytes + PAGE_SIZE - 1) >> PAGE_SHIFT)
+
+
+def _behind(kept: JournalFile, size: int) -> list[int]:
+    """The pages that lie wholly behind `size`."""
+    end_page = (size + PAGE_SIZE - 1) >> PAGE_SHIFT
+    return [page for page in kept.cover if page >= end_page]
