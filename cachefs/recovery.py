@@ -231,10 +231,10 @@ class Recovery:
 
     def _superseded(self, record: FileRecord, pages: PagesRecord) -> bool:
         """Whether later records have all of these pages, so that the slots may have been given to others."""
-        rest = set(range(pages.page, pages.page + pages.count))
+        rest = set(pages.pages)
         for other in self.predecessor.found.pages.get(record.file, []):
             if other.seq > pages.seq:
-                rest -= set(range(other.page, other.page + other.count))
+                rest.difference_update(other.pages)
         return not rest
 
     def _set_aside(self, left: Left, reason: str) -> bool:

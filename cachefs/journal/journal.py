@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 
-from cachefs.cache.page import PAGE_SHIFT, PAGE_SIZE
+from cachefs.cache.page import FIRST, PAGE_SHIFT, PAGE_SIZE
 from cachefs.journal.index import VERSION, Index, Key, Row
 from cachefs.journal.records import FileRecord, PagesRecord, checksum, pack_file, pack_pages
 from cachefs.journal.slots import JournalFull, Run, SlotFile, SlotMap
@@ -22,7 +22,7 @@ key_of = struct.Struct(">Q").pack
 
 
 class Entry:
-    """Pages in slots. `live` counts those of which it has the latest bytes; `synced`: the durable index names it too."""
+    """Pages in slots. `live` is a mask of those of which it has the latest bytes; `synced`: the durable index names it too."""
 
     __slots__ = ("checksum", "live", "page", "run", "seq", "synced")
 
@@ -30,7 +30,7 @@ class Entry:
         self.seq = seq
         self.page = page
         self.run = run
-        self.live = run[1]
+        self.live = FIRST[run[1]]
         self.checksum = data_checksum
         self.synced = False
 
@@ -38,13 +38,14 @@ class Entry:
 class JournalFile:
     """One file with pages in the journal. Owned by `Journal`; callers read `record` and change it with `Journal.note`."""
 
-    __slots__ = ("cover", "dead", "record", "synced", "tail")
+    __slots__ = ("cover", "dead", "record", "stale", "synced", "tail")
 
     def __init__(self, record: FileRecord) -> None:
         self.record = record
         self.tail = record.tail()
         self.cover: dict[int, Entry] = {}  # {page: the entry with its latest bytes}
         self.dead: list[Entry] = []  # superseded, and named by the index still
+        self.stale: set[Entry] = set()  # live, but of fewer pages than the index says
         self.synced: set[Entry] = set()  # what the durable index names
 
 
@@ -126,7 +127,7 @@ class Journal:
             old = cover.get(page)
             cover[page] = entry
             if old is not None:
-                self._lose(file, old, 1)
+                self._lose(file, old, page)
 
     def unsync(self, file: JournalFile, entries: Iterable[Entry]) -> None:
         """The durable index does not name these any more."""
@@ -136,12 +137,19 @@ class Journal:
             if not entry.live:
                 self.slots.give(entry.run)
 
-    def _lose(self, file: JournalFile, entry: Entry, pages: int) -> None:
-        entry.live -= pages
-        if not entry.live:
-            file.dead.append(entry)
-            if not entry.synced:
-                self.slots.give(entry.run)
+    def _lose(self, file: JournalFile, entry: Entry, page: int) -> None:
+        """The entry does not have the latest bytes of this page any more.
+
+        A newer entry has, and says so by its number; once that one goes, `remove` has to bring the rows of older ones up to date.
+        """
+        entry.live &= ~(1 << (page - entry.page))
+        if entry.live:
+            file.stale.add(entry)
+            return
+        file.stale.discard(entry)
+        file.dead.append(entry)
+        if not entry.synced:
+            self.slots.give(entry.run)
 
     def _delete(self, rows: list[Key], puts: Iterable[Row] = ()) -> None:
         """Removes rows from the index, those first that could not be removed the last time."""
@@ -174,13 +182,14 @@ class Journal:
         cover = file.cover
         gone = [page for page in pages if (entry := cover.get(page)) is not None and entry.seq <= last_seq]
         for page in gone:
-            self._lose(file, cover.pop(page), 1)
+            self._lose(file, cover.pop(page), page)
         rows = self._dead_rows(file)
         file.dead.clear()
         if cover or keep:
             self.seq += 1
             file.record.seq = self.seq
-            self._delete(rows, self._file_row(file))
+            self._delete(rows, [*self._file_row(file), *(self._row(file, entry) for entry in file.stale)])
+            file.stale.clear()
         else:
             self.files.pop(file.record.file, None)
             self._delete([*rows, (self.index.files, key_of(file.record.file))])
@@ -195,10 +204,12 @@ class Journal:
         for found in sorted(pages, key=lambda found: found.seq):
             self.seq += 1
             entry = Entry(self.seq, found.page, (found.slot, found.count), found.checksum)
-            file.cover.update(dict.fromkeys(range(entry.page, entry.page + found.count), entry))
+            entry.live = 0
+            file.cover.update(dict.fromkeys(found.pages, entry))
         live = sorted(set(file.cover.values()), key=lambda entry: entry.seq)
+        for page, entry in file.cover.items():
+            entry.live |= 1 << (page - entry.page)
         for entry in live:
-            entry.live = sum(file.cover[page] is entry for page in range(entry.page, entry.page + entry.run[1]))
             self.slots.claim(entry.run)
         record.seq = self.seq
         self.files[record.file] = file
@@ -206,7 +217,7 @@ class Journal:
 
     def _row(self, file: JournalFile, entry: Entry) -> Row:
         slot, count = entry.run
-        packed = pack_pages(entry.seq, file.record.file, entry.page, slot, count, entry.checksum)
+        packed = pack_pages(entry.seq, file.record.file, entry.page, slot, count, entry.checksum, entry.live)
         return self.index.pages, key_of(entry.seq), packed
 
     # --- the end -----------------------------------------------------------------------------------------------------
@@ -233,8 +244,8 @@ class Journal:
         for file in self.files.values():
             entries = set(file.cover.values())
             for entry in entries:
-                live = sum(file.cover.get(page) is entry for page in range(entry.page, entry.page + entry.run[1]))
-                assert live == entry.live > 0, "live pages miscounted"
+                live = [page for page in range(entry.page, entry.page + entry.run[1]) if file.cover.get(page) is entry]
+                assert entry.live == sum(1 << (page - entry.page) for page in live), "live pages miscounted"
             taken += sum(entry.run[1] for entry in entries | file.synced)
         assert taken <= self.slots.used, "slots that nobody took"
 

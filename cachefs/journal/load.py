@@ -6,6 +6,7 @@ then: the caller has to treat them as it treats those of before a power cut.
 """
 
 import contextlib
+import faulthandler
 import os
 import pickle
 from collections.abc import Iterable
@@ -67,6 +68,7 @@ def load(path: str) -> Found | None:
 
 def _tell(path: str, writing: int) -> None:
     """The child: reads, tells, ends."""
+    faulthandler.disable()  # if this process crashes, that is an answer
     status = 1
     with contextlib.suppress(BaseException):
         with open(writing, "wb") as pipe:

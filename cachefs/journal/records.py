@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import xxhash
 
 FILE_MARK, PAGES_MARK = b"cfF1", b"cfP1"
-_PAGES = struct.Struct("<4sQQQQIQ")
+_PAGES = struct.Struct("<4sQQQQIQ32s")
 _FILE = struct.Struct("<4sQQQQQqqQqBBH")
 _CHECKSUM = struct.Struct("<Q")
 _LENGTH = struct.Struct("<H")
@@ -35,9 +35,15 @@ class PagesRecord:
     slot: int
     count: int
     checksum: int  # of the bytes in the slots
+    live: int  # bit i: page + i counts; the others have been written back since, or cut off
+
+    @property
+    def pages(self) -> list[int]:
+        """The pages that count."""
+        return [self.page + i for i in range(self.count) if self.live >> i & 1]
 
     def pack(self) -> bytes:
-        return pack_pages(self.seq, self.file, self.page, self.slot, self.count, self.checksum)
+        return pack_pages(self.seq, self.file, self.page, self.slot, self.count, self.checksum, self.live)
 
 
 @dataclass(slots=True)
@@ -69,9 +75,9 @@ class FileRecord:
         return b"".join(parts)
 
 
-def pack_pages(seq: int, file: int, page: int, slot: int, count: int, data_checksum: int) -> bytes:
+def pack_pages(seq: int, file: int, page: int, slot: int, count: int, data_checksum: int, live: int) -> bytes:
     """A `PagesRecord` as bytes."""
-    head = _PAGES.pack(PAGES_MARK, seq, file, page, slot, count, data_checksum)
+    head = _PAGES.pack(PAGES_MARK, seq, file, page, slot, count, data_checksum, live.to_bytes(32, "little"))
     return head + _CHECKSUM.pack(checksum(head))
 
 
@@ -81,8 +87,8 @@ def unpack_pages(data: bytes) -> PagesRecord:
         raise BadRecord("no record of pages")
     if checksum(data[: _PAGES.size]) != _CHECKSUM.unpack_from(data, _PAGES.size)[0]:
         raise BadRecord("a damaged record of pages")
-    _, *fields = _PAGES.unpack_from(data)
-    return PagesRecord(*fields)
+    _, seq, file, page, slot, count, data_checksum, live = _PAGES.unpack_from(data)
+    return PagesRecord(seq, file, page, slot, count, data_checksum, int.from_bytes(live, "little"))
 
 
 def pack_file(record: FileRecord, tail: bytes) -> bytes:

@@ -36,7 +36,7 @@ def set_aside(directory: str, slots_fd: int, record: FileRecord, pages: Sequence
 
 def extents_of(record: FileRecord, pages: Sequence[PagesRecord]) -> list[tuple[int, int]]:
     """The bytes that the pages have of the file, as (offset, length), ascending."""
-    numbers = sorted({page for run in pages for page in range(run.page, run.page + run.count)})
+    numbers = sorted({page for run in pages for page in run.pages})
     found: list[tuple[int, int]] = []
     for number in numbers:
         offset = number << PAGE_SHIFT
@@ -50,8 +50,9 @@ def extents_of(record: FileRecord, pages: Sequence[PagesRecord]) -> list[tuple[i
 
 def _copy(fd: int, slots_fd: int, record: FileRecord, pages: Sequence[PagesRecord]) -> None:
     for run in sorted(pages, key=lambda run: run.seq):  # the later one counts
-        data = os.pread(slots_fd, run.count << PAGE_SHIFT, run.slot << PAGE_SHIFT)
-        os.pwrite(fd, data, run.page << PAGE_SHIFT)
+        for page in run.pages:
+            data = os.pread(slots_fd, 1 << PAGE_SHIFT, (run.slot + page - run.page) << PAGE_SHIFT)
+            os.pwrite(fd, data, page << PAGE_SHIFT)
     os.ftruncate(fd, record.size)
 
 

@@ -48,6 +48,6 @@ class Synced:
 def rows_of(file: JournalFile) -> list[PagesRecord]:
     """What the index is to have of a file now."""
     return [
-        PagesRecord(entry.seq, file.record.file, entry.page, entry.run[0], entry.run[1], entry.checksum)
+        PagesRecord(entry.seq, file.record.file, entry.page, entry.run[0], entry.run[1], entry.checksum, entry.live)
         for entry in set(file.cover.values())
     ]

@@ -431,3 +431,15 @@ def test_every_kind_of_step_once(policy: str, blocking: bool, journal: bool) -> 
         ("together", [("read", 1, (0, 0, 8192), 0), ("write", 1, (4, 1, 4096), 5), ("getattr", 1, (0, 0, 0), 0)]),
     ]
     play(Setting(policy, 16, blocking, True, True, 1, journal), steps)
+
+
+def test_what_a_truncate_cut_off_does_not_come_back_after_a_kill() -> None:
+    """The journal's entry of the whole write lived on for its first pages, and gave the others back with it."""
+    steps: list[tuple] = [  # type: ignore[type-arg]
+        ("write", 2, (0, 0, 8 * 4096), 1),
+        ("truncate", 2, (2, 100, 1), 0),
+        ("write", 2, (6, 0, 4096), 2),
+        ("truncate", 2, (3, 0, 1), 0),
+        ("write", 2, (7, 1, 100), 3),
+    ]
+    play(Setting("lru", 64, False, False, False, 1, True), steps)

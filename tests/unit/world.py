@@ -195,7 +195,7 @@ class Leftovers:
         data = data[: record.size].ljust(record.size, b"\0")
         latest: dict[int, tuple[PagesRecord, int]] = {}
         for pages in sorted(self.found.pages.get(record.file, []), key=lambda pages: pages.seq):
-            latest |= {pages.page + i: (pages, i) for i in range(pages.count)}
+            latest |= {page: (pages, page - pages.page) for page in pages.pages}
         for pages in {pages for pages, _ in latest.values()}:
             slots = self.journal.data.read((pages.slot, pages.count))
             assert checksum(slots) == pages.checksum, "a slot that is in use was written to"

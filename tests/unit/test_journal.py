@@ -1,0 +1,341 @@
+"""The journal: slots, records, what is found again, and what damage leaves."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cachefs.cache.page import PAGE_SIZE
+from cachefs.journal.journal import DATA_FILE, INDEX_FILE, Journal, JournalFile
+from cachefs.journal.load import Found, load, read
+from cachefs.journal.records import (
+    BadRecord,
+    FileRecord,
+    PagesRecord,
+    checksum,
+    records_in,
+    unpack_file,
+    unpack_pages,
+)
+from cachefs.journal.slots import JournalFull, SlotMap, first_run
+from cachefs.journal.synced import Synced, rows_of
+
+P = PAGE_SIZE
+
+
+def a_record(number: int = 7, path: bytes = b"some/file") -> FileRecord:
+    return FileRecord(0, 0, 1, number, 3 * P, 123456789, (1, 2, 3), False, b"handle", (path, b"other \xff\n name"))
+
+
+def page(byte: int, pages: int = 1) -> memoryview:
+    return memoryview(bytes([byte]) * (P * pages))
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(str(tmp_path), 64 * P, {b"source": b"/somewhere"})
+
+
+def left_by(journal: Journal) -> Found:
+    """What the next process would find if this one were gone now."""
+    journal.check()
+    found = read(journal.index.env)
+    assert not found.doubtful
+    return found
+
+
+def bytes_of(journal: Journal, found: Found, file: int) -> dict[int, bytes]:
+    """{page: its latest bytes}, as a successor reads them."""
+    pages: dict[int, bytes] = {}
+    with open(os.path.join(journal.directory, DATA_FILE), "rb") as data:
+        for row in sorted(found.pages.get(file, []), key=lambda row: row.seq):
+            data.seek(row.slot * P)
+            whole = data.read(row.count * P)
+            pages |= {at: whole[(at - row.page) * P : (at - row.page + 1) * P] for at in row.pages}
+    return pages
+
+
+# --- slots -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**256 - 1), st.integers(1, 256))
+def test_first_run_finds_the_lowest_run_there_is(mask: int, count: int) -> None:
+    bits = "".join("1" if mask >> i & 1 else "0" for i in range(256))
+    assert first_run(mask, count) == bits.find("1" * count)
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 700), st.lists(st.integers(-40, 256), max_size=60))
+def test_slots_are_never_given_twice(count: int, steps: list[int]) -> None:
+    """Positive: take so many. Negative: give back one of those taken."""
+    slots, taken = SlotMap(count), []
+    for step in steps:
+        if step > 0:
+            used = sum(n for _, n in taken)
+            try:
+                runs = slots.take(step)
+            except JournalFull:
+                assert used + step > count
+                continue
+            assert sum(n for _, n in runs) == step
+            taken += runs
+        elif taken:
+            slots.give(taken.pop(step % len(taken)))
+        slots.check()
+        numbers = [slot for first, n in taken for slot in range(first, first + n)]
+        assert len(numbers) == len(set(numbers)) == slots.used and max(numbers, default=0) < count
+
+
+def test_a_run_is_split_where_no_hole_is_large_enough() -> None:
+    slots = SlotMap(8)
+    runs = [slots.take(1)[0] for _ in range(8)]
+    for run in runs[::2]:
+        slots.give(run)
+    assert sorted(slots.take(4)) == [(0, 1), (2, 1), (4, 1), (6, 1)]
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_read_as_they_were_written() -> None:
+    record, pages = a_record(), PagesRecord(1, 2, 3, 4, 5, 6, 0b10101)
+    assert unpack_file(record.pack() + b"what follows") == record
+    assert unpack_pages(pages.pack() + b"what follows") == pages
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_record_with_a_changed_byte_is_not_taken_for_one(data: st.DataObject) -> None:
+    packed = bytearray(data.draw(st.sampled_from([a_record().pack(), PagesRecord(1, 2, 3, 4, 5, 6, 0b10101).pack()])))
+    at = data.draw(st.integers(0, len(packed) - 1))
+    packed[at] ^= data.draw(st.integers(1, 255))
+    for unpack in (unpack_file, unpack_pages):
+        with pytest.raises(BadRecord):
+            unpack(bytes(packed))
+
+
+@given(st.binary(max_size=300))
+def test_records_are_found_in_whatever_surrounds_them(noise: bytes) -> None:
+    record, pages = a_record(), PagesRecord(1, 2, 3, 4, 5, 6, 0b10101)
+    found = list(records_in(noise + record.pack() + noise + pages.pack()[:-1] + noise + pages.pack()))
+    assert record in found and pages in found
+
+
+# --- the journal ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_put_is_found_by_the_next_process(journal: Journal) -> None:
+    file = journal.add(a_record())
+    journal.put(file, 3, page(1, 4))
+    journal.put(file, 4, page(2))
+    found = left_by(journal)
+    assert found.meta[b"source"] == b"/somewhere" and not found.doubtful
+    assert found.files[1].paths == (b"some/file", b"other \xff\n name")
+    assert {at: data[0] for at, data in bytes_of(journal, found, 1).items()} == {3: 1, 4: 2, 5: 1, 6: 1}
+
+
+def test_what_was_removed_is_not_found_and_an_emptied_file_neither(journal: Journal) -> None:
+    file = journal.add(a_record())
+    journal.put(file, 0, page(1, 4))
+    seq = journal.seq
+    journal.put(file, 2, page(9))
+    journal.remove(file, range(4), seq)
+    assert {at: data[0] for at, data in bytes_of(journal, left_by(journal), 1).items()} == {2: 9}
+    assert list(file.cover) == [2]
+    journal.remove(file, [2], journal.seq)
+    found = left_by(journal)
+    assert not found.files and not found.pages and not journal.slots.used
+
+
+def test_pages_written_to_again_while_they_are_written_back_stay(journal: Journal) -> None:
+    file = journal.add(a_record())
+    journal.put(file, 0, page(1, 2))
+    before = journal.seq
+    journal.put(file, 1, page(2))
+    journal.remove(file, [0, 1], before)
+    assert list(file.cover) == [1]
+
+
+def test_a_page_that_was_removed_does_not_come_back_with_an_older_entry_that_lives_on(journal: Journal) -> None:
+    file = journal.add(a_record())
+    journal.put(file, 0, page(1, 3))
+    journal.put(file, 0, page(2))
+    journal.remove(file, [0], journal.seq)
+    assert set(bytes_of(journal, left_by(journal), 1)) == {1, 2}
+    journal.remove(file, [2], journal.seq)
+    assert set(bytes_of(journal, left_by(journal), 1)) == {1}
+
+
+def test_a_full_journal_says_so_and_changes_nothing(journal: Journal) -> None:
+    file = journal.add(a_record())
+    journal.put(file, 0, page(1, 60))
+    with pytest.raises(JournalFull):
+        journal.put(file, 10, page(2, 5))
+    assert bytes_of(journal, left_by(journal), 1)[10][0] == 1
+    journal.put(file, 10, page(3, 4))
+    assert journal.slots.used == 64
+
+
+def test_a_disk_that_takes_no_more_changes_nothing(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = journal.add(a_record())
+    journal.put(file, 0, page(1))
+
+    def full(*args: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space"):
+            journal.put(file, 0, page(2))
+    assert journal.slots.used == 1
+    assert bytes_of(journal, left_by(journal), 1)[0][0] == 1
+
+
+def test_a_journal_with_nothing_in_it_leaves_no_files(journal: Journal, tmp_path: Path) -> None:
+    file = journal.add(a_record())
+    journal.put(file, 0, page(1))
+    journal.remove(file, [0], journal.seq)
+    journal.close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_successor_goes_on_with_what_was_found(journal: Journal) -> None:
+    file = journal.add(a_record())
+    for at in (0, 2, 4, 2):
+        journal.put(file, at, page(at + 1, 3))
+    expected = bytes_of(journal, left_by(journal), 1)
+    journal.data.close()
+    journal.index.close()
+    for _ in range(3):
+        found = load(os.path.join(journal.directory, INDEX_FILE))
+        assert found is not None
+        journal = Journal(journal.directory, 64 * P, {}, [(found.files[1], found.pages[1])])
+        assert bytes_of(journal, left_by(journal), 1) == expected
+        journal.put(journal.files[1], 0, page(99))
+        expected[0] = bytes(page(99))
+        journal.data.close()
+        journal.index.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1 << 30))
+def test_random_puts_and_removes_leave_what_a_dict_has(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    rng = random.Random(seed)
+    journal = Journal(str(tmp_path_factory.mktemp("journal")), 400 * P, {})
+    files = [journal.add(a_record(number)) for number in range(3)]
+    model: dict[int, dict[int, int]] = {file.record.file: {} for file in files}
+    for byte in range(1, rng.randrange(2, 200)):
+        file = rng.choice(files)
+        kept = model[file.record.file]
+        if rng.random() < 0.7:
+            at, count = rng.randrange(300), rng.choice((1, 1, 1, 2, 7, 60, 256))
+            try:
+                journal.put(file, at, page(byte, count))
+            except JournalFull:
+                continue
+            kept.update(dict.fromkeys(range(at, at + count), byte))
+        else:
+            going = rng.sample(sorted(kept), rng.randrange(len(kept) + 1))
+            journal.remove(file, going, journal.seq)
+            for at in going:
+                del kept[at]
+        journal.check()
+    found = left_by(journal)
+    for number, kept in model.items():
+        assert {at: data[0] for at, data in bytes_of(journal, found, number).items()} == kept
+        assert (number in found.files) == bool(kept)
+    journal.data.close()
+    journal.index.close()
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def filled(journal: Journal) -> JournalFile:
+    file = journal.add(a_record())
+    for at in range(40):
+        journal.put(file, at, page(at))
+    journal.data.close()
+    journal.index.close()
+    return file
+
+
+def test_an_empty_index_is_none(tmp_path: Path) -> None:
+    (tmp_path / INDEX_FILE).touch()
+    assert load(str(tmp_path / INDEX_FILE)) is None
+    assert load(str(tmp_path / "nothing")) is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "noise", "head"])
+def test_of_a_damaged_index_all_whole_records_are_found(journal: Journal, damage: str) -> None:
+    filled(journal)
+    path = Path(journal.directory, INDEX_FILE)
+    raw = bytearray(path.read_bytes()[: 1 << 20])
+    pages = [row for row in records_in(bytes(raw)) if isinstance(row, PagesRecord)]
+    assert len({row.seq for row in pages}) == 40
+    match damage:
+        case "cut":
+            raw = raw[: 5 * 4096]
+        case "zeros":
+            raw[:8192] = bytes(8192)  # both meta pages
+        case "noise":
+            raw[:8192] = random.Random(1).randbytes(8192)
+        case "head":
+            raw[0:4096] = b"\xff" * 4096
+            raw[4096:8192] = b"\xff" * 4096
+    path.write_bytes(raw)
+    found = load(str(path))
+    assert found is not None and found.doubtful and found.problems
+    expected = {row.seq for row in records_in(bytes(raw)) if isinstance(row, PagesRecord)}
+    assert {row.seq for rows in found.pages.values() for row in rows} == expected
+    assert damage == "cut" or len(expected) == 40
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 1 << 30))
+def test_a_damaged_index_never_ends_the_process_that_loads_it(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    rng = random.Random(seed)
+    directory = tmp_path_factory.mktemp("journal")
+    filled(Journal(str(directory), 64 * P, {}))
+    path = directory / INDEX_FILE
+    raw = bytearray(path.read_bytes()[: 64 * 4096])
+    for _ in range(rng.randrange(1, 400)):
+        raw[rng.randrange(len(raw))] = rng.randrange(256)
+    path.write_bytes(raw[: rng.choice((len(raw), len(raw), rng.randrange(1, len(raw))))])
+    found = load(str(path))
+    assert found is None or isinstance(found, Found)
+
+
+# --- the durable index ---------------------------------------------------------------------------------------------------
+
+
+def test_the_durable_index_has_what_was_synced_last(journal: Journal, tmp_path: Path) -> None:
+    path = str(tmp_path / "synced.mdb")
+    synced, file = Synced(path, 64), journal.add(a_record())
+    journal.put(file, 0, page(1, 3))
+    synced.store(file.record, rows_of(file))
+    journal.put(file, 1, page(2))
+    synced.store(file.record, rows_of(file))
+    synced.close()
+    found = load(path)
+    assert found is not None
+    assert {at: data[0] for at, data in bytes_of(journal, found, 1).items()} == {0: 1, 1: 2, 2: 1}
+    synced = Synced(path, 64)
+    assert not len(synced)
+
+
+def test_slots_that_the_durable_index_names_are_not_used_again(journal: Journal) -> None:
+    file = journal.add(a_record())
+    journal.put(file, 0, page(1))
+    (entry,) = file.cover.values()
+    entry.synced = True
+    file.synced = {entry}
+    journal.put(file, 0, page(2))
+    journal.remove(file, [0], journal.seq)
+    assert journal.slots.used == 1
+    assert checksum(journal.data.read(entry.run)) == entry.checksum
+    journal.unsync(file, {entry})
+    assert not journal.slots.used
