@@ -18,6 +18,7 @@ from cachefs.cache.fill import Filler
 from cachefs.cache.page import PAGE_SHIFT
 from cachefs.cache.pagecache import PageCache
 from cachefs.cache.readahead import Window
+from cachefs.cache.wishes import drop_transient
 from cachefs.descriptors import Descriptors
 from cachefs.handle import Handle
 from cachefs.inode import Inode, signature_of
@@ -79,10 +80,10 @@ class Files:
         self.data.noticed = self._noticed
         self.handles: dict[int, Handle] = {}
         self.changed = changed
+        self.opened: Callable[[Handle, str], None] = lambda handle, program: None  # told of new handles, and whose they are
         self.ttl_seconds = metadata_ttl_seconds
         self._last_handle = 0
-        # No window may push out what the one before it brought.
-        self._readahead_max_pages = min(readahead_max_bytes >> PAGE_SHIFT, cache.capacity_pages // 8)
+        self._readahead_max_bytes = readahead_max_bytes
         self.window_pages = 0
         self._measure()
 
@@ -226,8 +227,9 @@ class Files:
 
     def _new_handle(self, inode: Inode, flags: int, uid: int, gids: frozenset[int], pid: int) -> int:
         self._last_handle += 1
-        account = self.cache.accounts.open(name_of(pid), uid)
-        self.handles[self._last_handle] = Handle(inode, flags, uid, gids, account)
+        program = name_of(pid)
+        handle = self.handles[self._last_handle] = Handle(inode, flags, uid, gids, self.cache.accounts.open(program, uid))
+        self.opened(handle, program)
         return self._last_handle
 
     async def flush(self, number: int) -> None:
@@ -242,6 +244,8 @@ class Files:
         self.cache.accounts.close(handle.account)
         inode = handle.inode
         inode.opens -= 1
+        if handle.readahead.transient and inode.file is not None:
+            drop_transient(self.cache, inode.file, unread_too=True)
         if inode.opens:
             return
         if inode.unlinked and inode.file is not None:
@@ -278,7 +282,10 @@ class Files:
         window = handle.readahead.on_read(first, count, view is None, file.end_page, self.window_pages)
         handle.last_page = first + count - 1
         if view is None:
-            view = await self.filler.read(file, offset, size, window, handle.account)
+            transient = handle.readahead.transient
+            if transient:
+                drop_transient(self.cache, file, first, first + count)
+            view = await self.filler.read(file, offset, size, window, handle.account, transient)
             self._measure()
         elif window is not None:
             # After the reply: to make room now could take the pages from under `view`.
@@ -286,12 +293,19 @@ class Files:
         return view
 
     async def _prefetch(self, file: CachedFile, window: Window) -> None:
+        if window.transient:
+            drop_transient(self.cache, file)
         self.filler.prefetch(file, window)
         self._measure()
 
+    @property
+    def readahead_max_pages(self) -> int:
+        """The largest window: none may push out what the one before it brought."""
+        return min(self._readahead_max_bytes >> PAGE_SHIFT, self.cache.capacity_pages // 8)
+
     def _measure(self) -> None:
-        if self._readahead_max_pages:
-            self.window_pages = self.io.speed.window_pages(self._readahead_max_pages)
+        if self._readahead_max_bytes:
+            self.window_pages = self.io.speed.window_pages(self.readahead_max_pages)
 
     async def write(self, number: int, offset: int, data: bytes | memoryview) -> int:
         """Copies `data` into the cache; it is dirty, and acknowledged, when this returns."""
@@ -316,7 +330,7 @@ class Files:
             self.writeback.note(inode)
             safe = self.keeper.wrote(inode, at, nbytes) and safe
 
-        await self.filler.write(file, offset, data, dirtied, handle.account)
+        await self.filler.write(file, offset, data, dirtied, handle.account, handle.readahead.transient)
         if not safe:
             await self.writeback.flush(inode)
         if handle.synchronous:

@@ -11,6 +11,7 @@ import stat
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import trio
 
@@ -23,6 +24,7 @@ from cachefs.inode import Inode, InodeTable
 from cachefs.writeback import Writeback
 
 STATS_AT_ONCE = 32  # entries of a far away directory that are looked at side by side
+HINTS = b"user.cachefs."
 ACL_DEFAULT = b"system.posix_acl_default"
 SET_ID = stat.S_ISUID | stat.S_ISGID
 
@@ -50,6 +52,16 @@ class Changes:
     mtime_ns: int | None = None
 
 
+class VirtualAttributes(Protocol):
+    """Extended attributes of regular files that exist on the mount alone; the methods raise OSError."""
+
+    def get(self, inode: Inode, name: bytes) -> bytes: ...
+
+    async def set(self, inode: Inode, name: bytes, value: bytes) -> None: ...
+
+    async def remove(self, inode: Inode, name: bytes) -> None: ...
+
+
 class FileSystem:
     """Names and attributes. `files` has the data side."""
 
@@ -62,6 +74,7 @@ class FileSystem:
         self.descriptors = descriptors
         self.files = files
         self.writeback = writeback
+        self.hints: VirtualAttributes | None = None  # for names that begin with HINTS
         self.directories: dict[int, DirectoryHandle] = {}
         self._last_directory = 0
         self._idle: dict[Inode, None] = {}  # inodes that nobody uses but that have cached pages, in the order of the last look
@@ -395,18 +408,25 @@ class FileSystem:
         return await self.descriptors.at("statvfs", self.table.root, self.backing.statvfs)
 
     async def getxattr(self, inode: Inode, name: bytes) -> bytes:
+        if self.hints is not None and name.startswith(HINTS):
+            return self.hints.get(inode, name)
         return await self.descriptors.at("getxattr", inode, self.backing.getxattr, name)
 
     async def listxattr(self, inode: Inode) -> list[bytes]:
-        return await self.descriptors.at("listxattr", inode, self.backing.listxattr)
+        names = await self.descriptors.at("listxattr", inode, self.backing.listxattr)
+        return [name for name in names if not name.startswith(HINTS)]
 
     async def setxattr(self, inode: Inode, name: bytes, value: bytes) -> None:
+        if self.hints is not None and name.startswith(HINTS):
+            return await self.hints.set(inode, name, value)
         async with inode.lock:
             if name.startswith(b"security.") and inode.unwritten:
                 await self.writeback.flush_locked(inode)  # writing later would take file capabilities away
             await self._change(inode, "setxattr", self.backing.setxattr, name, value)
 
     async def removexattr(self, inode: Inode, name: bytes) -> None:
+        if self.hints is not None and name.startswith(HINTS):
+            return await self.hints.remove(inode, name)
         async with inode.lock:
             await self._change(inode, "removexattr", self.backing.removexattr, name)
 

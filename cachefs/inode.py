@@ -36,9 +36,9 @@ class Inode:
     """
 
     __slots__ = (
-        "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "epoch", "error_count",
-        "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "key", "lookups", "mtime_ns", "names", "node", "opens",
-        "reader", "retry_at", "retry_seconds", "signature", "st", "unlinked", "unsynced", "writer",
+        "_lock", "advice", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "epoch", "error_count",
+        "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "kept", "key", "lookups", "mtime_ns", "names", "node",
+        "opens", "reader", "retry_at", "retry_seconds", "signature", "st", "unlinked", "unsynced", "writer",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -46,6 +46,8 @@ class Inode:
         self.key = (st.st_dev, st.st_ino)
         self.names: dict[tuple[Inode, bytes], None] = {}  # {(parent, name)}, oldest first; the root has none
         self.lookups = self.opens = self.children = 0
+        self.kept = 0  # reasons to keep it known although nobody uses it: pins, an advice
+        self.advice = ""  # what programs said of its use, see `rules.py`
         self.fd = -1  # O_PATH descriptor, -1 = none now
         self.fd_busy = 0  # calls under way that use `fd`
         self.handle: bytes | None = None  # name for open_by_handle_at, made when `fd` is closed
@@ -92,7 +94,8 @@ class Inode:
 
     @property
     def in_use(self) -> bool:
-        return bool(self.lookups or self.opens or self.children or self.busy or self.fd_busy)
+        kept = self.kept and not self.unlinked
+        return bool(self.lookups or self.opens or self.children or self.busy or self.fd_busy or kept)
 
     def attributes(self) -> "Attributes":
         """What programs are to see: the backing's attributes, but for what they wrote and we have not."""

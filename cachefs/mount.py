@@ -19,8 +19,10 @@ from cachefs.config import Config
 from cachefs.daemon import Ready
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode
+from cachefs.keepcommands import KeepCommands
 from cachefs.metrics import MetricsServer, make_registry
 from cachefs.recovery import Predecessor, Recovery
+from cachefs.settings import Settings
 from cachefs.stack import Stack, raise_descriptor_limit
 from cachefs.state import State
 from cachefs.statistics import Statistics
@@ -37,6 +39,7 @@ LAST_TRIES = 5  # at the end, for files whose writeback fails
 LAST_TRY_PAUSE_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for programs that still have files open when SIGTERM came
 RETIRE_SECONDS = 1.0
+PINS_FILE = "pins.json"
 SWEEP_SECONDS, SWEEP_INODES = 1.0, 1000  # ~1 ms of every second
 
 
@@ -91,9 +94,9 @@ class Mount:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals)
             self.tasks = Guarded(nursery)
-            self.stack = Stack(self.config, self.backing, self.tasks, self._changed)
+            pins_file = os.path.join(self.state.directory, PINS_FILE)
+            self.stack = Stack(self.config, self.backing, self.tasks, self._changed, pins_file)
             self.commands = Commands(self)
-            self.views = ViewCommands(self.stack)
             notes = await self._recover(ready)
             try:
                 self._connect(nursery)
@@ -151,7 +154,10 @@ class Mount:
         self.tasks.start_service(self.stack.writeback.run)
         self.tasks.start_service(self._sweep)
         self.tasks.start_service(self._retire)
-        handlers = {**self.commands.handlers(), **self.views.handlers()}
+        self.stack.pins.load()
+        self.tasks.start_service(self.stack.pins.run)
+        keeping = KeepCommands(self.stack, Settings(self.stack, self._settings_changed), self._drop_from_kernel)
+        handlers = {**self.commands.handlers(), **ViewCommands(self.stack).handlers(), **keeping.handlers()}
         await nursery.start(controlserver.serve, self.state.socket_path, handlers)
         if self.config.metrics_host is not None:
             token = trio.lowlevel.current_trio_token()
@@ -174,8 +180,17 @@ class Mount:
 
     def _changed(self, inode: Inode) -> None:
         """The file's contents changed underneath: the kernel's pages of it are wrong too."""
+        self._drop_from_kernel(inode)
+        if inode.kept:
+            self.stack.pins.kick()
+
+    def _drop_from_kernel(self, inode: Inode) -> None:
         if self.kernel_cache != "off":
             self.tasks.start_soon(self._invalidate, inode.node)
+
+    def _settings_changed(self, config: Config) -> None:
+        self.config = config
+        self.state.reconfigure(config)
 
     async def _invalidate(self, node: int) -> None:
         with contextlib.suppress(OSError):  # the kernel may not know it any more

@@ -1,9 +1,12 @@
 """From an inode to its paths and from a path to its inode; paths are bytes, relative to the top."""
 
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from cachefs.fs import FileSystem
+import trio
+
+from cachefs.fs import STATS_AT_ONCE, FileSystem
 from cachefs.inode import Inode
 
 Memory = dict[Inode, bytes | None]
@@ -58,6 +61,50 @@ async def reached(fs: FileSystem, path: bytes) -> AsyncIterator[Inode]:
         yield inode
     finally:
         _let_go(fs, inode)
+
+
+async def files_below(fs: FileSystem, path: bytes) -> dict[bytes, int]:
+    """{path: size} of the regular files at and below a path; raises OSError if there is nothing. What goes meanwhile is left out.
+
+    Links, devices and the like are passed over.
+    """
+    found: dict[bytes, int] = {}
+    todo = [path]
+    while todo:
+        at = todo.pop()
+        try:
+            async with reached(fs, at) as inode:
+                if inode.is_regular:
+                    found[at] = inode.attributes().size
+                if inode.is_dir:
+                    for name, below in await _entries(fs, inode):
+                        below_path = b"%b/%b" % (at, name) if at else name
+                        if below.is_dir:
+                            todo.append(below_path)
+                        elif below.is_regular:
+                            found[below_path] = below.attributes().size
+                        fs.drop(below)
+        except OSError:
+            if at == path:
+                raise
+        await trio.lowlevel.checkpoint()  # a local store answers without one
+    return dict(sorted(found.items()))
+
+
+async def _entries(fs: FileSystem, directory: Inode) -> list[tuple[bytes, Inode]]:
+    """The names in a directory and what they are, looked at side by side; each inode is the caller's to drop at once."""
+    names = iter(await fs.descriptors.at("readdir", directory, fs.backing.listdir))
+    found: list[tuple[bytes, Inode]] = []
+
+    async def worker() -> None:
+        for name in names:
+            with contextlib.suppress(OSError):
+                found.append((name, await fs.find(directory, name)))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(STATS_AT_ONCE if fs.backing.blocking else 1):
+            nursery.start_soon(worker)
+    return found
 
 
 def _let_go(fs: FileSystem, inode: Inode) -> None:

@@ -13,12 +13,15 @@ from cachefs.cache import policy
 from cachefs.cache.fill import Filler
 from cachefs.cache.page import PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
-from cachefs.config import Config
+from cachefs.config import Config, machine_memory_bytes
 from cachefs.descriptors import BUDGET_MAX, Descriptors
 from cachefs.files import Files
 from cachefs.fs import FileSystem
+from cachefs.hints import Hints
 from cachefs.inode import Inode, InodeTable
 from cachefs.keeper import Keeper
+from cachefs.pins import Pins
+from cachefs.rules import parse_rules
 from cachefs.statistics import FileSystemStatistics, HistogramSnapshot, Statistics
 from cachefs.tasks import Spawner
 from cachefs.writeback import Writeback
@@ -37,9 +40,19 @@ def descriptor_budget() -> int:
 
 
 class Stack:
-    """The parts of one mount. `changed(inode)` is told when a file turns out to have been changed underneath."""
+    """The parts of one mount. `changed(inode)` is told when a file turns out to have been changed underneath.
 
-    def __init__(self, config: Config, backing: Backing, tasks: Spawner, changed: Callable[[Inode], None]) -> None:
+    `pins_file` is where pins are kept (None: nowhere).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        backing: Backing,
+        tasks: Spawner,
+        changed: Callable[[Inode], None],
+        pins_file: str | None = None,
+    ) -> None:
         self.config = config
         self.started = time.monotonic()
         self.io = BackingIO(backing)
@@ -47,7 +60,9 @@ class Stack:
         self.table = InodeTable(backing.fstat(root_fd))
         self.descriptors = Descriptors(self.io, self.table, root_fd, descriptor_budget())
         pages = config.cache_size_bytes // PAGE_SIZE
-        self.cache = PageCache(policy.make(config.policy, pages), pages, time.monotonic)
+        most_pages = max(pages, machine_memory_bytes() // PAGE_SIZE)
+        self.cache = PageCache(policy.make(config.policy, pages), pages, time.monotonic, most_pages)
+        self.cache.pin_limit_pages = config.pin_limit_bytes // PAGE_SIZE
         self.keeper = Keeper(self.cache, self.table, backing)
         self.writeback = Writeback(
             self.cache,
@@ -64,6 +79,9 @@ class Stack:
             config.readahead_max_bytes, config.metadata_ttl_seconds, changed,
         )  # fmt: skip
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
+        self.pins = Pins(self.fs, pins_file)
+        self.hints = Hints(self.files, self.pins, parse_rules(config.rule), tasks, changed)
+        self.fs.hints, self.files.opened = self.hints, self.hints.opened
         self.keeper.make_durable = self.fs.make_durable
 
     def _settled(self, inode: Inode) -> None:
@@ -90,7 +108,7 @@ class Stack:
         return Statistics(
             mountpoint=self.config.mountpoint,
             source=self.config.source,
-            policy=self.config.policy,
+            policy=self.cache.policy.name,
             kernel_cache=kernel_cache,
             uptime_seconds=time.monotonic() - self.started,
             cache=self.cache.statistics(),

@@ -43,10 +43,12 @@ class CacheStatistics:
 
     capacity_bytes: int
     resident_bytes: int
-    clean_pages: int
+    clean_pages: int  # each page is in one of these five states
     dirty_pages: int
     writeback_pages: int
     filling_pages: int
+    pinned_pages: int  # clean ones that are not evicted
+    pin_limit_bytes: int
     page_hits: int
     page_misses: int
     hit_bytes: int

@@ -102,6 +102,8 @@ class Group:
         self.touched = touched
         self.uptodate = self.dirty = self.writeback = self.filling = self.poisoned = self.prefetched = self.pinned = 0
         self.dirty_since = 0.0  # when the oldest dirty page became so; meaningful while `dirty`
+        if file.pinned:
+            self.pinned = ALL
         self.fills: list[Fill] = []  # under way, each covering some of `filling`
         self.born = 0.0  # when the first page came
         self.used: Stamp | None = None  # of the last read
@@ -112,9 +114,14 @@ class Group:
         return self.uptodate | self.filling
 
     @property
-    def evictable(self) -> int:
-        """Pages that may be forgotten now: the clean ones."""
+    def clean(self) -> int:
+        """Pages that may be forgotten without a loss."""
         return self.uptodate & ~(self.dirty | self.writeback)
+
+    @property
+    def evictable(self) -> int:
+        """Pages that may be forgotten now: the clean ones that nobody has pinned."""
+        return self.uptodate & ~(self.dirty | self.writeback | self.pinned)
 
     def start_fill(self, mask: int, prefetched: int) -> None:
         self.filling |= mask

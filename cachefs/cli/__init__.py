@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import click
 
 from cachefs import __version__
-from cachefs.cli import ls, mount, stat, status, umount
+from cachefs.cli import drop, ls, mount, pin, settings, stat, status, umount, warm
 from cachefs.errors import CachefsError
 
 INTERRUPTED = 130
@@ -26,7 +26,10 @@ def commands() -> None:
     """
 
 
-for _command in (mount.command, umount.command, umount.sync_command, status.command, ls.command, stat.command):
+for _command in (
+    mount.command, umount.command, umount.sync_command, status.command, ls.command, stat.command, warm.command, pin.command,
+    pin.unpin_command, drop.command, settings.command,
+):  # fmt: skip
     commands.add_command(_command)
 
 

@@ -18,16 +18,16 @@ class Place:
     paths: list[str] = field(default_factory=list)
 
 
-def places(paths: Iterable[str]) -> list[Place]:
+def places(paths: Iterable[str], must_exist: bool = True) -> list[Place]:
     """The mounts that these paths lie in, each with its paths; patterns that are no names are expanded."""
     found: dict[str, Place] = {}
     for match in (match for path in paths for match in _matches(path)):
-        record, inside = locate(match)
+        record, inside = locate(match, must_exist)
         found.setdefault(record.mountpoint, Place(record)).paths.append(inside)
     return list(found.values())
 
 
-def locate(path: str) -> tuple[DaemonRecord, str]:
+def locate(path: str, must_exist: bool = True) -> tuple[DaemonRecord, str]:
     """The daemon of the mount that a path lies in, and the path relative to it; CachefsError where it is in none."""
     try:
         real = os.path.realpath(path)
@@ -37,10 +37,23 @@ def locate(path: str) -> tuple[DaemonRecord, str]:
         if real == record.mountpoint:
             return record, ""
         if real.startswith(record.mountpoint + "/"):
-            if not os.path.lexists(real):
+            if must_exist and not os.path.lexists(real):
                 raise CachefsError(f"{path} does not exist")
             return record, real[len(record.mountpoint) + 1 :]
     raise CachefsError(_why_not(path, real))
+
+
+def the_mount(mountpoint: str | None) -> DaemonRecord:
+    """The daemon at a mountpoint, or the only one there is."""
+    if mountpoint is not None:
+        record, inside = locate(mountpoint)
+        if inside:
+            raise CachefsError(f"{mountpoint} is not a mountpoint: its mount is {record.mountpoint}")
+        return record
+    live = daemons()
+    if len(live) != 1:
+        raise CachefsError("several are mounted: give the MOUNTPOINT too" if live else "no cachefs is mounted")
+    return live[0]
 
 
 def _why_not(path: str, real: str) -> str:

@@ -330,10 +330,10 @@ def a_status() -> dict[str, object]:
         mountpoint="/mnt", source="/srv", policy="s3fifo", kernel_cache="off", uptime_seconds=7500.0,
         cache=CacheStatistics(
             capacity_bytes=1 << 30, resident_bytes=1 << 29, clean_pages=100, dirty_pages=2, writeback_pages=0,
-            filling_pages=0, page_hits=999, page_misses=1, hit_bytes=999 * 4096, miss_bytes=4096,
-            write_bytes=8192, reads_hit=9, reads_partial=1, reads_miss=0, evictions={"capacity": 5},
-            misses={"cold": 1, "capacity": 0}, refaults=0, readahead_used_pages=3, readahead_unused_pages=1,
-            readahead_late_pages=0,
+            filling_pages=0, pinned_pages=0, pin_limit_bytes=1 << 28, page_hits=999, page_misses=1,
+            hit_bytes=999 * 4096, miss_bytes=4096, write_bytes=8192, reads_hit=9, reads_partial=1, reads_miss=0,
+            evictions={"capacity": 5}, misses={"cold": 1, "capacity": 0}, refaults=0, readahead_used_pages=3,
+            readahead_unused_pages=1, readahead_late_pages=0,
         ),
         writeback=WritebackStatistics(
             dirty_bytes=8192, dirty_limit_bytes=1 << 28, oldest_dirty_seconds=1.5, written_bytes=4096,

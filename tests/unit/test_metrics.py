@@ -108,6 +108,8 @@ def test_each_series_shows_the_figure_it_is_named_after() -> None:
         "cachefs_cache_pages{state=dirty}": cache.dirty_pages,
         "cachefs_cache_pages{state=writeback}": cache.writeback_pages,
         "cachefs_cache_pages{state=filling}": cache.filling_pages,
+        "cachefs_cache_pages{state=pinned}": cache.pinned_pages,
+        "cachefs_pin_limit_bytes": cache.pin_limit_bytes,
         "cachefs_evictions_total{reason=capacity}": cache.evictions["capacity"],
         "cachefs_evictions_total{reason=dropped}": cache.evictions["dropped"],
         "cachefs_refaults_total": cache.refaults,
@@ -173,7 +175,7 @@ def test_bounded_label_values_are_there_before_anything_has_happened() -> None:
         *(f"cachefs_read_requests_total{{result={result}}}" for result in ("hit", "partial", "miss")),
         *(
             f"cachefs_evictions_total{{reason={reason}}}"
-            for reason in ("capacity", "dropped", "invalidated", "truncated")
+            for reason in ("capacity", "dropped", "invalidated", "noreuse", "truncated")
         ),
         "cachefs_writeback_errors_total{errno=EIO}",
         "cachefs_backing_errors_total{errno=EIO}",
