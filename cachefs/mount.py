@@ -171,7 +171,7 @@ class Mount:
         while True:
             await trio.sleep(SWEEP_SECONDS)
             self.stack.fs.sweep(SWEEP_INODES)
-            self.stack.cache.accounts.tick(self.stack.cache.clock())
+            self.stack.tick()
 
     async def _retire(self) -> None:
         while True:

@@ -22,6 +22,7 @@ from cachefs.inode import Inode, InodeTable
 from cachefs.keeper import Keeper
 from cachefs.pins import Pins
 from cachefs.rules import parse_rules
+from cachefs.savings import Savings
 from cachefs.statistics import FileSystemStatistics, HistogramSnapshot, Statistics
 from cachefs.tasks import Spawner
 from cachefs.writeback import Writeback
@@ -55,6 +56,7 @@ class Stack:
     ) -> None:
         self.config = config
         self.started = time.monotonic()
+        self.savings = Savings()
         self.io = BackingIO(backing)
         root_fd = backing.open_root()
         self.table = InodeTable(backing.fstat(root_fd))
@@ -103,8 +105,14 @@ class Stack:
         paths = self.table.paths(inode)
         return os.fsdecode(paths[0]) if paths else ""
 
+    def tick(self) -> None:
+        """To be called every second or so: moves the clock that reads are stamped with, and adds up what they saved."""
+        self.cache.accounts.tick(self.cache.clock())
+        self.savings.account(self.cache.reads_hit, self.io.speed.latency_seconds)
+
     def statistics(self, kernel_cache: str, durations: dict[str, HistogramSnapshot]) -> Statistics:
         """A snapshot; what is above, the kernel's mode and the durations of requests, is passed in."""
+        self.tick()
         return Statistics(
             mountpoint=self.config.mountpoint,
             source=self.config.source,
@@ -117,6 +125,7 @@ class Stack:
             journal=self.keeper.statistics(),
             filesystem=FileSystemStatistics(
                 durations=durations,
+                saved_seconds=self.savings.seconds,
                 open_handles=len(self.files.handles),
                 known_inodes=len(self.table),
                 open_descriptors=len(self.descriptors) + self.files.data.count,

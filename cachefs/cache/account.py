@@ -6,13 +6,15 @@ is wanted, the smallest that nobody has open is closed, and what it counted goes
 cache most keep their names, and no sum ever falls.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from cachefs.statistics import UseStatistics
 
 ACCOUNTS_MAX = 64  # programs by name and user
 USERS_MAX = 32  # users with an OTHER of their own
 OTHER = "other"
 ANYBODY = -1  # no user's id: of those beyond USERS_MAX, and of work that nobody asked for
-COUNTERS = ("page_hits", "page_misses", "hit_bytes", "miss_bytes", "write_bytes")
+COUNTERS = ("page_hits", "page_misses", "hit_bytes", "miss_bytes", "write_bytes")  # as in UseStatistics
 
 
 class Account:
@@ -86,6 +88,22 @@ class Accounts:
 
     def total(self, counter: str) -> int:
         return sum(getattr(account, counter) for account in self)
+
+    def by_program(self) -> dict[str, UseStatistics]:
+        """What each program did, for all users together."""
+        return self._sums(lambda account: account.name)
+
+    def by_user(self) -> dict[str, UseStatistics]:
+        """What each user did, by number, with all programs together."""
+        return self._sums(lambda account: OTHER if account.uid == ANYBODY else str(account.uid))
+
+    def _sums(self, key: Callable[[Account], str]) -> dict[str, UseStatistics]:
+        sums: dict[str, list[int]] = {}
+        for account in self:
+            counts = sums.setdefault(key(account), [0] * len(COUNTERS))
+            for i, counter in enumerate(COUNTERS):
+                counts[i] += getattr(account, counter)
+        return {name: UseStatistics(*counts) for name, counts in sums.items()}
 
     def tick(self, now: float) -> None:
         """Sets the time that stamps tell."""

@@ -1,9 +1,12 @@
 """One file as the page cache sees it: its size, its groups of pages and what it remembers of pages that left."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cachefs.cache.page import GROUP_SHIFT, IN_GROUP, PAGE_SHIFT, PAGE_SIZE, Group, runs
+
+if TYPE_CHECKING:
+    from cachefs.cache.refault import When
 
 
 class Source(Protocol):
@@ -27,8 +30,8 @@ class CachedFile:
     """
 
     __slots__ = (
-        "dirty_groups", "dirty_pages", "evicted", "filling_pages", "groups", "id", "invalidated", "page_hits", "page_misses",
-        "pinned", "redirtied_pages", "resident_pages", "size", "source", "transient", "writeback_pages",
+        "dirty_groups", "dirty_pages", "evicted", "evicted_at", "filling_pages", "groups", "id", "invalidated", "page_hits",
+        "page_misses", "pinned", "redirtied_pages", "resident_pages", "size", "source", "transient", "writeback_pages",
     )  # fmt: skip
 
     def __init__(self, file_id: int, source: Source, size: int) -> None:
@@ -48,6 +51,7 @@ class CachedFile:
         # pages mean nothing
         self.transient: dict[int, int] = {}
         self.evicted: dict[int, int] = {}  # {group index: mask} of pages that were evicted and not filled since
+        self.evicted_at: dict[int, When] = {}  # when these were, see `refault.py`
         self.invalidated: dict[int, int] = {}  # the same for pages dropped because the backing changed
 
     @property

@@ -32,6 +32,7 @@ from cachefs.cache.page import (
     span,
 )  # fmt: skip
 from cachefs.cache.policy import Policy
+from cachefs.cache.refault import Refaults
 from cachefs.statistics import CacheStatistics
 
 _BYTE_IN_GROUP = GROUP_SIZE - 1
@@ -101,6 +102,7 @@ class PageCache:
         self.reads_hit = self.reads_partial = self.reads_miss = 0
         self.readahead_used = self.readahead_unused = self.readahead_late = 0
         self.refaults = 0
+        self.refault_distances = Refaults(capacity_pages)
         self.evictions: Counter[str] = Counter(capacity=0, dropped=0, invalidated=0, noreuse=0, truncated=0)
         self.misses: Counter[str] = Counter(cold=0, capacity=0, invalidated=0)
 
@@ -212,7 +214,10 @@ class PageCache:
         count = mask.bit_count()
         if count:
             invalidated = (mask & file.invalidated.get(index, 0)).bit_count()
-            capacity = (mask & file.evicted.get(index, 0)).bit_count()
+            refaults = mask & file.evicted.get(index, 0)
+            capacity = refaults.bit_count()
+            if refaults:
+                self.refault_distances.came_back(file, index, refaults)
             self.misses["invalidated"] += invalidated
             self.misses["capacity"] += capacity
             self.refaults += capacity
@@ -455,9 +460,9 @@ class PageCache:
         if dropped:
             self.room.unpark_all()
         if reason == "truncated":
-            for memory in (file.evicted, file.invalidated):
+            for memory in (file.evicted, file.invalidated, file.evicted_at):
                 for index in [i for i in memory if i >= from_page >> GROUP_SHIFT]:
-                    del memory[index]
+                    memory.pop(index)
         return dropped
 
     def _make_room(self, count: int, keep: Mapping[int, int] = _NOTHING) -> None:
@@ -488,6 +493,8 @@ class PageCache:
             self._count_dirty(group, -discarded)
         self._count_resident(file, -count)
         self.evictions[reason] += count
+        if reason == "capacity":
+            self.refault_distances.left(file, group.index, mask)
         if reason in ("capacity", "invalidated"):
             memory = file.evicted if reason == "capacity" else file.invalidated
             memory[group.index] = memory.get(group.index, 0) | mask
@@ -495,9 +502,14 @@ class PageCache:
         return count
 
     def _remember_no_more(self, group: Group, mask: int) -> None:
-        for memory in (group.file.evicted, group.file.invalidated):
-            if group.index in memory:
-                memory[group.index] &= ~mask
+        file, index = group.file, group.index
+        for memory in (file.evicted, file.invalidated):
+            if index in memory:
+                memory[index] &= ~mask
+                if not memory[index]:
+                    del memory[index]
+        if index not in file.evicted:
+            file.evicted_at.pop(index, None)
 
     # --- groups and counts -----------------------------------------------------------------------------------------
 
@@ -607,9 +619,12 @@ class PageCache:
             evictions=dict(self.evictions),
             misses=dict(self.misses),
             refaults=self.refaults,
+            refault_distances=self.refault_distances.snapshot(),
             readahead_used_pages=self.readahead_used,
             readahead_unused_pages=self.readahead_unused,
             readahead_late_pages=self.readahead_late,
+            programs=self.accounts.by_program(),
+            users=self.accounts.by_user(),
         )
 
     def groups(self) -> list[Group]:
