@@ -51,6 +51,10 @@ class Backing(ABC):
         """Another descriptor of the inode behind `fd`, with access of its own; flags as in `open`, never creating."""
 
     @abstractmethod
+    def redirect(self, fd: int, to: int) -> None:
+        """Makes `fd` lead to what `to` leads to, for calls that begin from now on; `to` stays as it is."""
+
+    @abstractmethod
     def close(self, fd: int) -> None:
         """Gives a descriptor back."""
 
@@ -97,6 +101,14 @@ class Backing(ABC):
         return
 
     @abstractmethod
+    def flush(self, fd: int) -> None:
+        """Waits until the store has taken what was written to a file, and reports what it has not, as close(2) does.
+
+        Where writes may go no further than this machine at first (NFS, sshfs), only this tells what has become of them.
+        Durable it need not be. Not on O_PATH descriptors.
+        """
+
+    @abstractmethod
     def fsync(self, fd: int, datasync: bool) -> None:
         """Makes a file durable and reports what the store failed to write since. Not on O_PATH descriptors."""
 
@@ -141,14 +153,6 @@ class Backing(ABC):
         """Sets the times of the inode itself; None leaves one as it is."""
 
     @abstractmethod
-    def chown_at(self, dirfd: int, name: bytes, uid: int, gid: int) -> None:
-        """`chown` by name, not following a symbolic link."""
-
-    @abstractmethod
-    def chmod_at(self, dirfd: int, name: bytes, mode: int) -> None:
-        """`chmod` by name; EOPNOTSUPP for a symbolic link."""
-
-    @abstractmethod
     def getxattr(self, fd: int, name: bytes) -> bytes:
         """The value of an extended attribute of the inode itself; ENODATA if there is none."""
 
@@ -173,6 +177,10 @@ class Backing(ABC):
     @abstractmethod
     def open_handle(self, handle: bytes, flags: int) -> int:
         """A descriptor of the inode that `file_handle` named; ESTALE if it is gone, EPERM without the right to ask."""
+
+    def watch_path(self, fd: int) -> str | None:
+        """What inotify_add_watch takes for the directory behind `fd`; None where changes by others cannot be watched."""
+        return None
 
     def shutdown(self) -> None:
         """Gives back what the store itself holds open; no call may follow."""

@@ -9,12 +9,21 @@ import json
 import math
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 from cachefs.errors import CachefsError
 
 LARGEST_REPLY_BYTES = 16 * 1024 * 1024
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+class Connection(Protocol):
+    """As much of a socket, ours or trio's, as `peer_uid` needs."""
+
+    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes: ...
 
 
 def encode(message: Mapping[str, object]) -> bytes:
@@ -45,6 +54,13 @@ def short_name(path: str) -> Iterator[str]:
         os.close(directory)
 
 
+def peer_uid(connection: Connection) -> int:
+    """The user at the other end: of a client, who connected; of a server, who began to listen."""
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(packed)
+    return int(uid)
+
+
 class ConnectionLost(CachefsError):
     """The daemon went away before its last message."""
 
@@ -63,6 +79,8 @@ def request(
             connection.settimeout(_patience(silence_seconds, deadline))
             with short_name(path) as name:
                 connection.connect(name)
+            if os.geteuid() and peer_uid(connection) not in (0, os.geteuid()):
+                raise CachefsError("the control socket belongs to another user: it is none of your daemons")
             connection.sendall(encode(message))
             for line in _lines(connection, silence_seconds, deadline):
                 yield line

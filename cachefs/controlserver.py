@@ -5,12 +5,11 @@ import json
 import logging
 import os
 import socket
-import struct
 from collections.abc import Awaitable, Callable, Mapping
 
 import trio
 
-from cachefs.control import encode, short_name
+from cachefs.control import encode, peer_uid, short_name
 from cachefs.errors import CachefsError
 
 Send = Callable[[Mapping[str, object]], Awaitable[object]]  # False: the client has gone away
@@ -19,7 +18,6 @@ Handler = Callable[[Mapping[str, object], Send], Awaitable[None]]
 LARGEST_REQUEST_BYTES = 64 * 1024
 MOST_CLIENTS = 32
 IDLE_SECONDS = 30.0  # for a client to say or take its next bytes
-_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _log = logging.getLogger(__name__)
 
 
@@ -82,18 +80,12 @@ async def _serve_client(client: trio.socket.SocketType, handlers: Mapping[str, H
             await connection.send({"error": "too many clients at once: try again", "done": True})
             return
         try:
-            if _peer_uid(client) in (0, os.geteuid()):
+            if peer_uid(client) in (0, os.geteuid()):
                 await _serve_requests(connection, handlers)
         except Exception:
             _log.exception("control socket: a client's request failed")
         finally:
             room.release()
-
-
-def _peer_uid(client: trio.socket.SocketType) -> int:
-    packed = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, uid, _ = _CREDENTIALS.unpack(packed)
-    return int(uid)
 
 
 async def _serve_requests(connection: "_Connection", handlers: Mapping[str, Handler]) -> None:

@@ -177,6 +177,10 @@ def _leave_the_terminal(state: State, keep: tuple[int, ...]) -> None:
         raise CachefsError(f"can't write the log {state.log_path}: {error.strerror}") from None
 
 
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
 def _redirect(path: str, flags: int, descriptors: tuple[int, ...]) -> None:
     fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
     for descriptor in descriptors:
@@ -186,6 +190,9 @@ def _redirect(path: str, flags: int, descriptors: tuple[int, ...]) -> None:
 
 class _DaemonLog(logging.handlers.RotatingFileHandler):
     """A log file of bounded size that stdout and stderr follow, so that libraries' own words are kept as well."""
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_open_private)
 
     def doRollover(self) -> None:
         super().doRollover()

@@ -3,7 +3,9 @@
 A hit goes `read` -> `PageCache.lookup` and back with no await that could give the turn to somebody else.
 """
 
+import contextlib
 import errno
+import math
 import os
 import stat
 import time
@@ -19,12 +21,15 @@ from cachefs.cache.page import PAGE_SHIFT
 from cachefs.cache.pagecache import PageCache
 from cachefs.cache.readahead import Window
 from cachefs.cache.wishes import drop_transient
+from cachefs.conflicts import Conflicts
 from cachefs.descriptors import Descriptors
 from cachefs.handle import Handle
-from cachefs.inode import Inode, signature_of
+from cachefs.inode import Inode, patched, signature_of
 from cachefs.keeper import Keeper
 from cachefs.process import name_of
 from cachefs.source import DataDescriptors, FileSource
+from cachefs.space import Space
+from cachefs.watchdog import Unreachable
 from cachefs.writeback import Writeback
 
 CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of file times, so that ours and the backing's do not cross
@@ -56,7 +61,10 @@ class Opened:
 
 
 class Files:
-    """All open files. `changed(inode)` is called when the backing turned out to have other contents than the cache had."""
+    """All open files. `changed(inode)` is called when the backing turned out to have other contents than the cache had.
+
+    `gone(parent, name)` is called when a file turned out to have another name, `opened(inode)` at each first open.
+    """
 
     def __init__(
         self,
@@ -69,6 +77,7 @@ class Files:
         readahead_max_bytes: int,
         metadata_ttl_seconds: float,
         changed: Callable[[Inode], None],
+        gone: Callable[[Inode, bytes], None],
     ) -> None:
         self.io = io
         self.descriptors = descriptors
@@ -77,10 +86,15 @@ class Files:
         self.writeback = writeback
         self.keeper = keeper
         self.data = DataDescriptors(io, descriptors)
-        self.data.noticed = self._noticed
+        self.space = Space(io, descriptors, writeback)
+        self.conflicts = Conflicts(io, descriptors, self.data, self._noticed, gone)
+        self.data.keep_theirs = self.conflicts.keep_theirs
+        self.data.keep_ours = self._keep_ours
+        self.data.looked = self.absorb
+        self.opened: Callable[[Inode], None] = lambda inode: None
         self.handles: dict[int, Handle] = {}
         self.changed = changed
-        self.opened: Callable[[Handle, str], None] = lambda handle, program: None  # told of new handles, and whose they are
+        self.advise: Callable[[Handle, str], None] = lambda handle, program: None  # told of new handles, and whose they are
         self.ttl_seconds = metadata_ttl_seconds
         self._last_handle = 0
         self._readahead_max_bytes = readahead_max_bytes
@@ -92,7 +106,7 @@ class Files:
     def absorb(self, inode: Inode, st: os.stat_result, fresh: bool = False) -> None:
         """Takes in attributes just read from the backing. If somebody else changed the file, its clean pages leave.
 
-        While anything of ours is unwritten, size and times are ours to tell and a change cannot be told from our own.
+        While anything of ours is unwritten, size and times are ours to tell, and who writes it will keep both versions.
         Unless they are known to be `fresh`, we may have changed the file since they were read.
         """
         file = inode.file
@@ -102,10 +116,15 @@ class Files:
             return  # the times may be those of our own write, before it has restored them
         inode.st = st
         inode.checked_at = trio.current_time()
-        if file is None or file.unwritten or inode.locked:
+        if file is None or inode.locked:
             return
-        if signature_of(st) != inode.signature:
-            self._changed_underneath(inode, file, st)
+        if not file.unwritten:
+            inode.unsure = False
+            if signature_of(st) != inode.signature:
+                self._changed_underneath(inode, file, st)
+        elif not inode.unsure and signature_of(st)[:2] not in (inode.signature[:2], inode.noticed):
+            inode.noticed = signature_of(st)[:2]
+            self._noticed(inode)
 
     def _changed_underneath(self, inode: Inode, file: CachedFile, st: os.stat_result) -> None:
         inode.signature = signature_of(st)
@@ -115,7 +134,7 @@ class Files:
         self.changed(inode)
 
     def _noticed(self, inode: Inode) -> None:
-        """Somebody else has changed a file that we are writing: what is clean leaves, what is ours stays ours."""
+        """Somebody else has changed a file that we have unwritten data of: what is clean leaves, what is ours stays ours."""
         if inode.file is not None:
             inode.changes += 1
             self.cache.invalidate(inode.file)
@@ -135,8 +154,13 @@ class Files:
         inode.unsynced = True
         inode.checked_at = trio.current_time()
         file, signature = inode.file, signature_of(st)
-        if not contents and file is not None and not file.unwritten and signature[:2] != inode.signature[:2]:
-            self._changed_underneath(inode, file, st)  # by somebody else, just before
+        if contents:
+            inode.unsure = False
+        elif file is not None and signature[:2] != inode.signature[:2]:
+            if file.unwritten:  # by our writeback, which is not done yet, or by somebody else: writeback will see
+                signature = (*inode.signature[:2], signature[2])
+            else:
+                self._changed_underneath(inode, file, st)  # by somebody else, just before
         inode.signature = signature
         if inode.journaled is not None:
             self.keeper.changed(inode)
@@ -154,22 +178,45 @@ class Files:
                 return self.absorb(inode, st, fresh=True)
 
     async def notice_locked(self, inode: Inode) -> None:
-        """Notices somebody else's change before one of ours makes it look like ours. By a caller that holds `inode.lock`."""
-        file = inode.file
-        if file is not None and not file.unwritten:
-            epoch = inode.epoch
-            st = await self._stat(inode)
-            if epoch == inode.epoch and not file.unwritten and signature_of(st) != inode.signature:
-                self._changed_underneath(inode, file, st)
+        """Notices somebody else's change before one of ours to contents or mtime makes it look like ours.
 
-    async def readopt(self, inode: Inode, contents: bool = False) -> None:
-        """Reads the attributes after a change of our own, again if there was one more meanwhile."""
-        for _ in range(STAT_TRIES):
+        By a caller that holds `inode.lock`, right before its change. If we have unwritten data, that version is kept.
+        """
+        file = inode.file
+        if file is None:
+            return
+        if not (file.unwritten and (inode.unsure or inode.unlinked or self.believed(inode))):
             epoch = inode.epoch
             st = await self._stat(inode)
-            if epoch == inode.epoch:
-                return self.adopt(inode, st, contents)
-        self.adopt(inode, st, contents=True)  # too busy to tell somebody else's change from ours
+            if file.unwritten:
+                if signature_of(st)[:2] != inode.signature[:2]:
+                    await self.conflicts.keep_theirs(inode)
+            elif epoch == inode.epoch and signature_of(st) != inode.signature:
+                self._changed_underneath(inode, file, st)
+        inode.unsure = True  # until what the change has made of the file was seen
+
+    async def readopt(self, inode: Inode, contents: bool = False, **known: int) -> bool:
+        """Reads the attributes after a change of our own, again if there was one more meanwhile; whether that worked.
+
+        The change is done, whatever becomes of the look at it. Where that fails, the attributes that the change is `known`
+        to have left (by their names in os.stat_result) are shown until the next look, which is due at once.
+        """
+        try:
+            for _ in range(STAT_TRIES):
+                epoch = inode.epoch
+                st = await self._stat(inode)
+                if epoch == inode.epoch:
+                    self.adopt(inode, st, contents)
+                    return True
+            self.adopt(inode, st, contents or not inode.unwritten)  # too busy to tell somebody else's change from ours
+            return True
+        except OSError:
+            inode.epoch += 1
+            inode.st = patched(inode.st, **known)
+            inode.checked_at = -math.inf
+            if contents:
+                inode.signature = (inode.st.st_mtime_ns, inode.st.st_size, inode.signature[2])
+            return False
 
     async def _stat(self, inode: Inode) -> os.stat_result:
         fd = max(inode.reader, inode.writer)
@@ -182,7 +229,19 @@ class Files:
             inode.busy -= 1
             self.data.settle(inode)
 
+    async def _keep_ours(self, inode: Inode) -> None:
+        if await self.conflicts.keep_ours(inode) is not None:
+            self.keeper.rebound(inode)
+
     # --- open and close ------------------------------------------------------------------------------------------------
+
+    def open_known(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS, pid: int = 0) -> Opened | None:
+        """A handle on a file far away, with no look at the backing; None where one is needed, whatever is known."""
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if flags & os.O_TRUNC or (writable and inode.writer < 0):
+            return None
+        inode.opens += 1
+        return self._opened(inode, inode.file is not None, False, flags, uid, gids, pid)
 
     async def open(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS, pid: int = 0) -> Opened:
         """A handle. On a backing far away, a file whose attributes are fresh is opened there when it is first needed."""
@@ -204,7 +263,14 @@ class Files:
             inode.opens -= 1
             self.data.settle(inode)
             raise
+        return self._opened(inode, known, changed, flags, uid, gids, pid)
+
+    def _opened(
+        self, inode: Inode, known: bool, changed: bool, flags: int, uid: int, gids: frozenset[int], pid: int
+    ) -> Opened:
+        self.ensure_file(inode)
         # A look-up may have noticed a change before, and the kernel's pages may not be gone yet.
+        self.opened(inode)
         unchanged = known and inode.changes == inode.changes_told
         inode.changes_told = inode.changes
         return Opened(self._new_handle(inode, flags, uid, gids, pid), unchanged, changed)
@@ -216,6 +282,7 @@ class Files:
         inode.opens += 1
         self.data.created(inode, fd)
         self.ensure_file(inode)
+        self.opened(inode)
         return Opened(self._new_handle(inode, flags, uid, gids, pid), True, False)
 
     def ensure_file(self, inode: Inode) -> CachedFile:
@@ -229,14 +296,14 @@ class Files:
         self._last_handle += 1
         program = name_of(pid)
         handle = self.handles[self._last_handle] = Handle(inode, flags, uid, gids, self.cache.accounts.open(program, uid))
-        self.opened(handle, program)
+        self.advise(handle, program)
         return self._last_handle
 
     async def flush(self, number: int) -> None:
         """close(2): on a backing far away the data goes there now, unless the journal is to be enough; errors are reported."""
         handle = self.handles[number]
         if self.io.backing.blocking and self.keeper.synced is None and handle.writable and handle.inode.unwritten:
-            await self._write_out(handle.inode)
+            await self.io.ask(self._write_out, handle.inode)
         self._report(handle)
 
     async def release(self, number: int) -> None:
@@ -254,7 +321,8 @@ class Files:
         if inode.unwritten and (closed := len(self.writeback.dirty) - len(self.handles)) > DIRTY_CLOSED_MAX // 2:
             self.writeback.write_soon()  # side by side, while programs go on
             if closed > DIRTY_CLOSED_MAX:
-                await self._write_out(next(iter(self.writeback.dirty)))
+                with contextlib.suppress(Unreachable):
+                    await self.io.ask(self._write_out, next(iter(self.writeback.dirty)))
 
     async def _write_out(self, inode: Inode) -> None:
         """Flushes; what goes wrong is remembered on the inode, for each handle to report."""
@@ -308,17 +376,20 @@ class Files:
             self.window_pages = self.io.speed.window_pages(self.readahead_max_pages)
 
     async def write(self, number: int, offset: int, data: bytes | memoryview) -> int:
-        """Copies `data` into the cache; it is dirty, and acknowledged, when this returns."""
+        """Copies `data` into the cache; it is dirty, and acknowledged, when this returns. Only part of it on a full backing."""
         handle = self.handles[number]
         inode, file = handle.inode, handle.inode.file
         if file is None or not data:
             return 0
+        if not self.space.has_room(offset, len(data), file.size, not handle.uid):
+            data = data[: await self.io.ask(self.space.admit, inode, offset, len(data), file.size, not handle.uid)]
         if handle.uid and inode.st.st_mode & SET_ID:
-            await self.kill_set_id(inode, handle.gids)
+            await self.io.ask(self.kill_set_id, inode, handle.gids)
         if offset + len(data) > EXTEND_AT_ONCE_BYTES and offset + len(data) > inode.st.st_size:
-            await self._extend(inode, offset + len(data))
+            await self.io.ask(self._extend, inode, offset + len(data))
         if self.writeback.must_throttle(len(data)):
-            await self.writeback.throttle(len(data))
+            with self.io.watchdog.patience():
+                await self.writeback.throttle(len(data))
         now = now_ns(inode)
         inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
 
@@ -332,9 +403,9 @@ class Files:
 
         await self.filler.write(file, offset, data, dirtied, handle.account, handle.readahead.transient)
         if not safe:
-            await self.writeback.flush(inode)
+            await self.io.ask(self.writeback.flush, inode)
         if handle.synchronous:
-            await self.fsync(number, True)
+            await self.io.ask(self.fsync, number, True)
         return len(data)
 
     async def _extend(self, inode: Inode, size: int) -> None:
@@ -374,7 +445,7 @@ class Files:
         if inode.file is not None:  # at once: the backing has it, whatever becomes of the look at its attributes
             self.cache.truncate(inode.file, size)
             self.keeper.cut_done(inode, size)
-        await self.readopt(inode, contents=True)
+        await self.readopt(inode, contents=True, st_size=size, st_mtime_ns=now_ns(inode))
 
     async def kill_set_id(self, inode: Inode, gids: frozenset[int]) -> None:
         """A write or truncate by somebody who is not root takes set-user-id away, and set-group-id as well.
@@ -387,7 +458,7 @@ class Files:
             drop |= mode & stat.S_ISGID
         if drop:
             await self.descriptors.at("chmod", inode, self.io.backing.chmod, stat.S_IMODE(mode & ~drop))
-            await self.readopt(inode)
+            await self.readopt(inode, st_mode=mode & ~drop)
 
     async def fsync(self, number: int, datasync: bool) -> None:
         """Everything written to the file so far is on the backing, and durable there, when this returns without error."""
@@ -399,21 +470,57 @@ class Files:
             await self.keeper.sync(inode)
         self._report(handle)
         if inode.unsynced or self.keeper.synced is None:
-            await self._sync_backing(handle, datasync)
+            try:
+                await self.make_durable(inode, datasync)
+            except OSError:
+                handle.errors_seen = inode.error_count
+                raise
 
-    async def _sync_backing(self, handle: Handle, datasync: bool) -> None:
-        inode = handle.inode
+    async def make_durable(self, inode: Inode, datasync: bool = False) -> None:
+        """What has been written back of a file is durable on the backing when this returns without error."""
+        self.data.unsynced.pop(inode, None)  # what is written from now on is not this call's
         inode.busy += 1
         try:
+            await self.data.renew(inode)
             fd = inode.writer if inode.writer >= 0 else await self.data.reader(inode)
             inode.unsynced = False
             await self.io.in_thread("fsync", self.io.backing.fsync, fd, datasync)
-        except OSError as error:  # the backing tells each descriptor once, and all handles share ours
+        except BaseException as error:
             inode.unsynced = True
-            inode.error_count += 1
-            inode.error_errno = error.errno or errno.EIO
-            handle.errors_seen = inode.error_count
+            if self.io.backing.blocking:
+                self.data.unsynced[inode] = None
+            if isinstance(error, OSError):  # the backing tells each descriptor once, and all handles share ours
+                self.data.doubt(inode, error)
+                inode.error_count += 1
+                inode.error_errno = error.errno or errno.EIO
             raise
         finally:
             inode.busy -= 1
             self.data.settle(inode)
+
+    async def discard_unwritten(self, inode: Inode) -> int:
+        """Gives up what is dirty of one file, which then shows what the backing has; returns how many bytes were given up.
+
+        The lock keeps writeback and truncate out, so nothing of it is being written. Open handles stay.
+        """
+        async with inode.lock:
+            try:
+                st = await self._stat(inode)
+            except OSError:  # it cannot even be looked at: what it was when it could
+                st = inode.st
+            # From here on nothing waits: programs see the file change at once.
+            file = inode.file
+            if file is None or not file.dirty_pages:
+                return 0
+            given_up = self.cache.give_up(file)
+            self.keeper.forget(inode)
+            if signature_of(st) != inode.signature:
+                self.cache.invalidate(file)
+            self.cache.truncate(file, st.st_size)
+            self.adopt(inode, st, contents=True)
+            inode.mtime_ns = st.st_mtime_ns
+            inode.ctime_shown = (st.st_ctime_ns, now_ns(inode))  # for whoever compares: the contents have changed, now
+            inode.changes += 1
+            self.changed(inode)
+            self.writeback.given_up(inode)
+            return given_up

@@ -8,7 +8,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -20,12 +20,14 @@ from cachefs.backingio import BackingIO
 from cachefs.descriptors import Descriptors
 from cachefs.files import Files, Opened
 from cachefs.handle import DirectoryHandle
-from cachefs.inode import Inode, InodeTable
+from cachefs.inode import NO_XATTRS, Inode, InodeTable
 from cachefs.writeback import Writeback
 
 STATS_AT_ONCE = 32  # entries of a far away directory that are looked at side by side
 HINTS = b"user.cachefs."
 ACL_DEFAULT = b"system.posix_acl_default"
+# What the kernel asks for on its own when it checks whether somebody may go somewhere or run something.
+XATTRS_REMEMBERED = frozenset((b"system.posix_acl_access", ACL_DEFAULT, b"security.capability"))
 SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
@@ -79,6 +81,7 @@ class FileSystem:
         self._last_directory = 0
         self._idle: dict[Inode, None] = {}  # inodes that nobody uses but that have cached pages, in the order of the last look
         self._user = (os.geteuid(), os.getegid())
+        self.statvfs_known: os.statvfs_result | None = None  # as it was last
 
     # --- finding -------------------------------------------------------------------------------------------------------
 
@@ -90,13 +93,46 @@ class FileSystem:
 
     async def find(self, parent: Inode, name: bytes) -> Inode:
         """The same for ourselves: no lookup is counted. `drop` it afterwards."""
-        return self._found(parent, name, await self.descriptors.at("lookup", parent, self.backing.stat, name))
+        known = self.table.named(parent, name)
+        try:
+            st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
+        except FileNotFoundError:
+            if self.table.named(parent, name) is known:  # else the name was given meanwhile, after this answer
+                self.table.nothing_at(parent, name)
+            raise
+        return self._found(parent, name, st)
+
+    def lookup_known(self, parent: Inode, name: bytes) -> Inode | None:
+        """`lookup` from memory, for when the backing does not answer; None if we know of no such name."""
+        inode = self.table.named(parent, name)
+        if inode is not None:
+            inode.lookups += 1
+        return inode
+
+    async def unlook(self, inode: Inode) -> None:
+        """Takes a lookup back of which the kernel was not told."""
+        self.forget(inode.node, 1)
 
     def _found(self, parent: Inode, name: bytes, st: os.stat_result) -> Inode:
         inode = self.table.add(st)
         self.table.name(inode, parent, name)
         self.files.absorb(inode, st)
         return inode
+
+    @contextlib.asynccontextmanager
+    async def at_path(self, path: bytes) -> AsyncIterator[Inode]:
+        """The inode at a path below the root, b"" = the root, known as long as one is inside. Follows no symbolic link."""
+        inode, found = self.table.root, []
+        try:
+            for name in path.split(b"/") if path else ():
+                if name in (b"", b".", b".."):  # the last one would lead out of SOURCE
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+                inode = await self.lookup(inode, name)
+                found.append(inode)
+            yield inode
+        finally:
+            for passed in reversed(found):
+                self.forget(passed.node, 1)
 
     async def _peek(self, parent: Inode, name: bytes) -> tuple[os.stat_result | None, Inode | None]:
         """What is there under a name now, and the inode if it is a known one."""
@@ -123,6 +159,7 @@ class FileSystem:
         dropped = self.table.drop(inode)
         for gone in dropped:
             self.descriptors.close(gone)
+            self.files.data.unsynced.pop(gone, None)
             self._idle.pop(gone, None)
         if not dropped and inode.file is not None and inode.file.resident_pages:
             self._idle[inode] = None
@@ -136,9 +173,13 @@ class FileSystem:
     # --- attributes ----------------------------------------------------------------------------------------------------
 
     async def getattr(self, inode: Inode) -> None:
-        """Brings `inode.attributes()` up to date."""
+        """Brings `inode.attributes()` up to date, if the backing answers."""
         if inode.is_dir or not self.files.believed(inode):  # what changes in a directory changes it too, unnoticed here
-            await self.files.refresh(inode)
+            await self.io.ask(self._refreshed, inode, memory=lambda: inode)
+
+    async def _refreshed(self, inode: Inode) -> Inode:
+        await self.files.refresh(inode)
+        return inode
 
     async def setattr(self, inode: Inode, changes: Changes, uid: int, gids: frozenset[int] = frozenset()) -> None:
         async with inode.lock:
@@ -146,11 +187,14 @@ class FileSystem:
                 await self.files.truncate_locked(inode, changes.size)
             if changes.uid is not None or changes.gid is not None or changes == Changes():  # chown(-1, -1) is one, too
                 owner, group = (-1 if number is None else number for number in (changes.uid, changes.gid))
-                await self._change(inode, "chown", self.backing.chown, owner, group)
+                known = {name: number for name, number in (("st_uid", owner), ("st_gid", group)) if number != -1}
+                await self._change(inode, "chown", self.backing.chown, owner, group, **known)
             if changes.mode is not None:
                 await self._chmod(inode, changes.mode)
             if changes.atime_ns is not None or changes.mtime_ns is not None:
-                await self._change(inode, "utime", self.backing.utime, changes.atime_ns, changes.mtime_ns)
+                times = (("st_atime_ns", changes.atime_ns), ("st_mtime_ns", changes.mtime_ns))
+                known = {name: time_ns for name, time_ns in times if time_ns is not None}
+                await self._change(inode, "utime", self.backing.utime, changes.atime_ns, changes.mtime_ns, **known)
                 if changes.mtime_ns is not None:
                     inode.mtime_ns = changes.mtime_ns
                     self.files.keeper.changed(inode)
@@ -161,14 +205,20 @@ class FileSystem:
         if mode & SET_ID and inode.unwritten:
             # What is written to the backing later may clear these bits there: write it first.
             await self.writeback.flush_locked(inode)
-        await self._change(inode, "chmod", self.backing.chmod, stat.S_IMODE(mode))
+        mode = stat.S_IMODE(mode)
+        await self._change(inode, "chmod", self.backing.chmod, mode, st_mode=stat.S_IFMT(inode.st.st_mode) | mode)
 
-    async def _change(self, inode: Inode, op: str, method: Callable[..., None], *args: object) -> None:
-        """A change to the inode itself, under `inode.lock`; what it does to the backing's ctime is ours."""
+    async def _change(self, inode: Inode, op: str, method: Callable[..., None], *args: object, **known: int) -> None:
+        """A change to the inode itself, under `inode.lock`; what it does to the backing's ctime is ours.
+
+        `known` as in `Files.readopt`.
+        """
         if op == "utime":
             await self.files.notice_locked(inode)
+            self.files.keeper.touching(inode)
         await self.descriptors.at(op, inode, method, *args)
-        await self.files.readopt(inode, contents=op == "utime")
+        inode.xattrs = NO_XATTRS
+        await self.files.readopt(inode, contents=op == "utime", **known)
         inode.ctime_shown = (inode.ctime_shown[0], inode.st.st_ctime_ns)
 
     # --- making --------------------------------------------------------------------------------------------------------
@@ -176,28 +226,51 @@ class FileSystem:
     async def mknod(self, parent: Inode, name: bytes, mode: int, rdev: int, caller: Caller) -> Inode:
         mode = await self._masked(parent, mode, caller)
         await self.descriptors.at("mknod", parent, self.backing.mknod, name, mode, rdev)
-        return await self._made(parent, name, mode, caller)
+        return await self._made(parent, name, mode, caller, rdev)
 
     async def mkdir(self, parent: Inode, name: bytes, mode: int, caller: Caller) -> Inode:
         mode = await self._masked(parent, mode, caller)
         await self.descriptors.at("mkdir", parent, self.backing.mkdir, name, stat.S_IMODE(mode))
-        return await self._made(parent, name, None, caller)
+        return await self._made(parent, name, stat.S_IFDIR, caller)
 
     async def symlink(self, parent: Inode, name: bytes, target: bytes, caller: Caller) -> Inode:
         await self.descriptors.at("symlink", parent, self.backing.symlink, name, target)
-        return await self._made(parent, name, None, caller)
+        return await self._made(parent, name, stat.S_IFLNK, caller)
 
-    async def _made(self, parent: Inode, name: bytes, mode: int | None, caller: Caller) -> Inode:
-        """Gives what was just made under `name` to the caller, set-id bits included if `mode` has them; looks it up."""
-        try:
-            if (caller.uid, caller.gid) != self._user:
-                gid = await self._group_for(parent, caller)
-                await self.descriptors.at("chown", parent, self.backing.chown_at, name, caller.uid, gid)
-                if mode is not None and mode & SET_ID:
-                    await self.descriptors.at("chmod", parent, self.backing.chmod_at, name, stat.S_IMODE(mode))
+    async def _made(self, parent: Inode, name: bytes, mode: int, caller: Caller, rdev: int = 0) -> Inode:
+        """Gives what was just made under `name` to the caller, set-id bits included if `mode` has them; looks it up.
+
+        Whoever may write SOURCE can have put something else there by now. So it is given away by descriptor, and only if it
+        is no different from new; else it stays whose it is.
+        """
+        if (caller.uid, caller.gid) == self._user:
             return await self.lookup(parent, name)
-        except PermissionError:  # a backing that lets nobody give files away: they stay the daemon's
-            return await self.lookup(parent, name)
+        gid = await self._group_for(parent, caller)
+
+        def give(dirfd: int) -> os.stat_result:
+            fd, st = self.backing.open_stat(dirfd, name, os.O_PATH)
+            try:
+                if not self._is_new(fd, st, mode, rdev):
+                    return st
+                with contextlib.suppress(PermissionError):  # a backing that lets nobody give files away
+                    self.backing.chown(fd, caller.uid, gid)
+                    if mode & SET_ID:
+                        self.backing.chmod(fd, stat.S_IMODE(mode))
+                return self.backing.fstat(fd)
+            finally:
+                self.backing.close(fd)
+
+        inode = self._found(parent, name, await self.descriptors.at("chown", parent, give))
+        inode.lookups += 1
+        return inode
+
+    def _is_new(self, fd: int, st: os.stat_result, mode: int, rdev: int) -> bool:
+        """Whether this is no different from a node just made by us: of that kind, ours, empty, and with no other name."""
+        if stat.S_IFMT(st.st_mode) != (stat.S_IFMT(mode) or stat.S_IFREG) or st.st_uid != self._user[0] or st.st_rdev != rdev:
+            return False
+        if stat.S_ISDIR(st.st_mode):
+            return not self.backing.listdir(fd)
+        return st.st_nlink == 1 and not (stat.S_ISREG(st.st_mode) and st.st_size)
 
     async def _group_for(self, parent: Inode, caller: Caller) -> int:
         st = await self.descriptors.at("stat", parent, self.backing.fstat)
@@ -232,11 +305,23 @@ class FileSystem:
                     await self.io.call("chmod", self.backing.chmod, fd, stat.S_IMODE(mode))
                 st = await self.io.call("stat", self.backing.fstat, fd)
         except BaseException:
-            self.backing.close(fd)
+            self.io.close(fd)
             raise
         inode = self._found(parent, name, st)
         inode.lookups += 1
         return inode, self.files.open_created(inode, fd, flags, caller.uid, caller.gids, caller.pid)
+
+    async def uncreate(self, made: tuple[Inode, Opened]) -> None:
+        """Closes what was created too late for anybody to be told. The file stays."""
+        inode, opened = made
+        inode.lookups -= 1
+        await self.unopen(opened)
+
+    async def unopen(self, opened: Opened) -> None:
+        """Closes a handle of which the kernel was not told."""
+        inode = self.files.handles[opened.number].inode
+        await self.files.release(opened.number)
+        self.drop(inode)
 
     async def link(self, inode: Inode, parent: Inode, name: bytes) -> Inode:
         def link(fd: int, dirfd: int) -> None:
@@ -245,18 +330,20 @@ class FileSystem:
         await self.descriptors.at_two("link", inode, parent, link)
         self.table.name(inode, parent, name)
         self.files.keeper.moved(inode)
-        await self.files.readopt(inode)
+        await self.files.readopt(inode, st_nlink=inode.st.st_nlink + 1)
         inode.lookups += 1
         return inode
 
     async def readlink(self, inode: Inode) -> bytes:
-        return await self.descriptors.at("readlink", inode, self.backing.readlink)
+        inode.target = await self.descriptors.at("readlink", inode, self.backing.readlink)
+        return inode.target
 
     # --- removing and renaming -----------------------------------------------------------------------------------------
 
     async def unlink(self, parent: Inode, name: bytes) -> None:
         async with self._going(parent, name) as (st, inode):
             await self.descriptors.at("unlink", parent, self.backing.unlink, name)
+            self.table.nothing_at(parent, name)
             if inode is not None:
                 self.table.unname(inode, parent, name)
                 await self._lost_a_name(inode, st)
@@ -264,6 +351,7 @@ class FileSystem:
     async def rmdir(self, parent: Inode, name: bytes) -> None:
         async with self._going(parent, name) as (st, inode):
             await self.descriptors.at("rmdir", parent, self.backing.rmdir, name)
+            self.table.nothing_at(parent, name)
             if inode is not None:
                 self.table.unname(inode, parent, name)
                 await self._lost_a_name(inode, st)
@@ -276,16 +364,21 @@ class FileSystem:
             if st is not None and inode is not None and (inode.lookups or inode.opens):
                 with contextlib.suppress(OSError):
                     await stack.enter_async_context(self.descriptors.holding(inode))
-            yield st, inode
+            if inode is not None:
+                inode.losing += 1  # whoever writes it meanwhile is not to take that for somebody else's doing
+            try:
+                yield st, inode
+            finally:
+                if inode is not None:
+                    inode.losing -= 1
         if inode is not None and inode.unlinked:
             self.drop(inode)
 
     async def _lost_a_name(self, inode: Inode, before: os.stat_result | None) -> None:
         """A name is gone. With the last one the file lives on only in open handles, and unwritten data with nobody to read it."""
-        try:
-            await self.files.readopt(inode)
+        if await self.files.readopt(inode):
             gone = inode.st.st_nlink == 0
-        except OSError:  # nobody knows: data that may still have a name is not to be thrown away
+        else:  # nobody knows: data that may still have a name is not to be thrown away
             gone = before is None or before.st_nlink <= 1 or inode.is_dir
         if gone:
             inode.unlinked = True
@@ -307,6 +400,8 @@ class FileSystem:
             await self.descriptors.at_two("rename", parent, new_parent, rename)
             if st is not None and target_st is not None and (st.st_dev, st.st_ino) == (target_st.st_dev, target_st.st_ino):
                 return  # two names of one file: nothing happens
+            self.table.nothing_at(parent, name)
+            self.table.nothing_at(new_parent, new_name)
             if target is not None:
                 self.table.unname(target, new_parent, new_name)
                 if flags & RENAME_EXCHANGE:
@@ -319,6 +414,7 @@ class FileSystem:
             self.table.unname(inode, parent, name)
             self.table.name(inode, new_parent, new_name)
             self._moved(inode)
+            self.files.opened(inode)
             await self.files.readopt(inode)
 
     def _moving(self, inode: Inode, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes) -> None:
@@ -373,14 +469,27 @@ class FileSystem:
                     made = found[i] = self._found(parent, names[i], st)
                     made.lookups += 1
             return found
-        async with trio.open_nursery() as nursery:
-            for i in range(len(names)):
-                nursery.start_soon(look, i)
-        if errors:  # a directory that cannot be read must not look like an empty one
-            for inode in filter(None, found):
-                self.forget(inode.node, 1)
-            raise errors[0]
+        try:
+            async with trio.open_nursery() as nursery:
+                for i in range(len(names)):
+                    nursery.start_soon(look, i)
+            if errors:  # a directory that cannot be read must not look like an empty one
+                raise errors[0]
+        except BaseException:
+            await self.unlook_all(found)
+            raise
         return found
+
+    def entries_known(self, number: int, names: Sequence[bytes]) -> list[Inode | None] | None:
+        """The same from memory; None if we do not know all of them."""
+        parent = self.directories[number].inode
+        if any(self.table.named(parent, name) is None for name in names):
+            return None
+        return [self.lookup_known(parent, name) for name in names]
+
+    async def unlook_all(self, found: Sequence[Inode | None]) -> None:
+        for inode in filter(None, found):
+            self.forget(inode.node, 1)
 
     def _stat_all(self, dirfd: int, names: Sequence[bytes]) -> list[os.stat_result | None]:
         found: list[os.stat_result | None] = []
@@ -405,12 +514,23 @@ class FileSystem:
     # --- the rest ------------------------------------------------------------------------------------------------------
 
     async def statvfs(self) -> os.statvfs_result:
-        return await self.descriptors.at("statvfs", self.table.root, self.backing.statvfs)
+        self.statvfs_known = await self.descriptors.at("statvfs", self.table.root, self.backing.statvfs)
+        return self.statvfs_known
 
-    async def getxattr(self, inode: Inode, name: bytes) -> bytes:
+    async def getxattr(self, inode: Inode, name: bytes) -> bytes | int:
+        """A value, or the errno that says why there is none. Some are remembered, see `Inode.xattrs`."""
         if self.hints is not None and name.startswith(HINTS):
             return self.hints.get(inode, name)
-        return await self.descriptors.at("getxattr", inode, self.backing.getxattr, name)
+        found: bytes | int
+        try:
+            found = await self.descriptors.at("getxattr", inode, self.backing.getxattr, name)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+            found = error.errno
+        if name in XATTRS_REMEMBERED:
+            inode.xattrs = {**inode.xattrs, name: found}
+        return found
 
     async def listxattr(self, inode: Inode) -> list[bytes]:
         names = await self.descriptors.at("listxattr", inode, self.backing.listxattr)
@@ -430,12 +550,14 @@ class FileSystem:
         async with inode.lock:
             await self._change(inode, "removexattr", self.backing.removexattr, name)
 
-    async def sync(self) -> list[Inode]:
-        """Writes everything out and makes it durable; returns what could not be written."""
-        failed = await self.writeback.flush_all()
-        await self.make_durable()
-        return failed
+    async def make_durable(self, inodes: Iterable[Inode]) -> None:
+        """What was written back of these files is durable, whatever other names and files the backing syncs with them."""
+        if self.backing.blocking:  # it may keep a syncfs to itself (FUSE does)
+            for inode in inodes:
+                if not inode.unlinked:
+                    await self.files.make_durable(inode)
+        await self.syncfs()
 
-    async def make_durable(self) -> None:
-        """Has the backing make durable what it has."""
+    async def syncfs(self) -> None:
+        """Everything that was written back, and every name, is durable when this returns without error."""
         await self.io.in_thread("syncfs", self.backing.syncfs, self.table.root.fd)

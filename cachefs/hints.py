@@ -18,6 +18,7 @@ from cachefs.files import Files
 from cachefs.fs import HINTS
 from cachefs.handle import Handle
 from cachefs.inode import Inode
+from cachefs.names import paths_of
 from cachefs.pins import Pins
 from cachefs.rules import DONTNEED, LASTING, NOREUSE, RANDOM, SEQUENTIAL, WILLNEED, Rule, advice_of
 from cachefs.tasks import Spawner
@@ -48,11 +49,13 @@ class Hints:
         """A handle is new: a rule for it goes before what was said of the file."""
         if not self.rules and not handle.inode.advice:
             return
-        paths = self.files.descriptors.table.paths
-        advice = advice_of(self.rules, program, handle.uid, lambda: map(os.fsdecode, paths(handle.inode)))
+        advice = advice_of(self.rules, program, handle.uid, lambda: map(os.fsdecode, self._paths(handle.inode)))
         if advice == WILLNEED:
             self._bring_soon(handle.inode)
         self._apply(handle, advice if advice in LASTING else handle.inode.advice)
+
+    def _paths(self, inode: Inode) -> list[bytes]:
+        return paths_of(inode, self.files.descriptors.table, {})
 
     def _apply(self, handle: Handle, advice: str) -> None:
         most, readahead = self.files.readahead_max_pages, handle.readahead
@@ -134,7 +137,7 @@ class Hints:
         inode.advice = advice
 
     async def _pin(self, inode: Inode) -> None:
-        paths = self.files.descriptors.table.paths(inode)
+        paths = self._paths(inode)
         if not paths:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         try:

@@ -12,7 +12,7 @@ from cachefs.config import changed
 from cachefs.controlserver import Handler, Send
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode
-from cachefs.names import files_below, paths_of, reached
+from cachefs.names import files_below, paths_of
 from cachefs.pins import Pin, is_at_or_below
 from cachefs.settings import Settings
 from cachefs.stack import Stack
@@ -53,7 +53,7 @@ class KeepCommands:
                 if warming.full:
                     return
                 try:
-                    async with reached(self.stack.fs, path) as inode:
+                    async with self.stack.fs.at_path(path) as inode:
                         await warming.file(inode, first, end)
                 except OSError as error:
                     failed.append({"path": os.fsdecode(path), "error": error.strerror or str(error)})
@@ -87,7 +87,7 @@ class KeepCommands:
         found: dict[bytes, int] = {}
         for path in paths:
             try:
-                found |= await files_below(self.stack.fs, os.fsencode(path))
+                found |= await self.stack.io.ask(files_below, self.stack.fs, os.fsencode(path))
             except OSError as error:
                 raise CachefsError(f"{path}: {error.strerror}") from None
         return list(found.items())
@@ -140,7 +140,7 @@ class KeepCommands:
             file = inode.file
             if file is None or not file.resident_pages:
                 continue
-            if not any(is_at_or_below(path, wanted) for path in paths_of(inode, self.stack.table.root, memory)):
+            if not any(is_at_or_below(path, wanted) for path in paths_of(inode, self.stack.table, memory)):
                 continue
             files += 1
             indexes = list(file.groups)

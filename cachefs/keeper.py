@@ -5,14 +5,16 @@ journal always holds exactly the unwritten pages (`check`). Without a journal (`
 """
 
 import contextlib
+import errno
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+import os
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
 
 import trio
 
 from backing.base import Backing
-from cachefs.cache.page import GROUP_SHIFT, PAGE_SHIFT, PAGE_SIZE, pieces
+from cachefs.cache.page import GROUP_PAGES, GROUP_SHIFT, IN_GROUP, PAGE_SHIFT, PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
 from cachefs.inode import Inode, InodeTable
 from cachefs.journal.journal import Journal, JournalFile
@@ -29,16 +31,24 @@ class Keeper:
 
     def __init__(self, cache: PageCache, table: InodeTable, backing: Backing) -> None:
         self.cache = cache
+        self._memory = cache.arena.view
         self.table = table
         self.backing = backing
         self.journal: Journal | None = None
         self.synced: Synced | None = None  # with --durability journal: what fsync has made durable there
         self.retiring: set[Inode] = set()  # written back, and named by `synced` still
-        self.make_durable: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint  # the backing, whole
+        self.make_durable: Callable[[Iterable[Inode]], Awaitable[object]] = _nothing_is_durable  # has the backing do that
         self._syncing = trio.Lock()
         self.replayed_bytes = 0
         self.written_through = 0  # writes that the journal could not take
         self._failing = False
+
+    @property
+    def place(self) -> str | None:
+        """Where unwritten data outlives this process, for people; None if it does not."""
+        if self.journal is None:
+            return None
+        return f"in the journal {self.journal.directory}, for the next mount of SOURCE"
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -58,10 +68,12 @@ class Keeper:
             kept = inode.journaled or self._add(journal, inode)
             kept.record.size = file.size
             kept.record.mtime_ns = inode.mtime_ns
-            for index, first, last in pieces(offset, offset + nbytes):
-                start = file.groups[index].base + (first << PAGE_SHIFT)
-                view = self.cache.arena.view[start : start + ((last - first + 1) << PAGE_SHIFT)]
-                journal.put(kept, index << GROUP_SHIFT | first, view)
+            page, stop = offset >> PAGE_SHIFT, (offset + nbytes + PAGE_SIZE - 1) >> PAGE_SHIFT
+            while page < stop:
+                count = min(stop - page, GROUP_PAGES - (page & IN_GROUP))
+                start = file.groups[page >> GROUP_SHIFT].base + ((page & IN_GROUP) << PAGE_SHIFT)
+                journal.put(kept, page, self._memory[start : start + (count << PAGE_SHIFT)])
+                page += count
         except (OSError, JournalFull) as error:
             self.written_through += 1
             self._say_failing(error)
@@ -72,7 +84,7 @@ class Keeper:
     def _add(self, journal: Journal, inode: Inode) -> JournalFile:
         device, number = inode.key
         record = FileRecord(
-            0, 0, device, number, 0, 0, inode.signature, False, self._handle(inode), self.table.paths(inode)
+            0, 0, device, number, 0, 0, inode.signature, False, False, self._handle(inode), self.table.paths(inode)
         )
         inode.journaled = journal.add(record)
         return inode.journaled
@@ -144,7 +156,7 @@ class Keeper:
             return
         old = [(inode, kept, set(kept.synced)) for inode in retiring if (kept := inode.journaled) is not None]
         try:
-            await self.make_durable()
+            await self.make_durable(retiring)
         except OSError as error:
             self.retiring.update(retiring)
             log.warning("SOURCE cannot be made durable (%s): the journal keeps what was synced", error.strerror)
@@ -164,7 +176,7 @@ class Keeper:
             return
         if self.synced is not None:
             try:
-                await self.make_durable()
+                await self.make_durable(self.retiring)
             except OSError as error:
                 needed = bool(len(self.synced))
                 log.error("SOURCE cannot be made durable (%s): the journal is kept", error.strerror)
@@ -179,6 +191,7 @@ class Keeper:
         journal, kept = self.journal, inode.journaled
         if journal is not None and kept is not None:
             kept.record.size = size
+            kept.record.cutting = True
             with self._tolerating():
                 journal.remove(kept, _behind(kept, size), journal.seq, keep=True)
 
@@ -187,8 +200,7 @@ class Keeper:
         journal, kept, file = self.journal, inode.journaled, inode.file
         if journal is None or kept is None or file is None:
             return
-        kept.record.signature = inode.signature
-        kept.record.size = file.size
+        kept.record.size = file.size  # and its signature once it was looked at: see `changed`
         self._remove(journal, inode, kept, _behind(kept, file.size), journal.seq)
         page, tail = divmod(size, PAGE_SIZE)
         if tail and page in kept.cover:  # what lies behind the end must not come back when the file grows
@@ -196,15 +208,36 @@ class Keeper:
 
     def cut_failed(self, inode: Inode) -> None:
         """It could not be truncated: what was given up comes back."""
-        if inode.file is not None and inode.journaled is not None:
-            for offset, nbytes in inode.file.dirty_extents():
+        journal, kept, file = self.journal, inode.journaled, inode.file
+        if journal is not None and kept is not None and file is not None:
+            kept.record.cutting = False
+            kept.record.size = file.size
+            for offset, nbytes in file.dirty_extents():
                 self.wrote(inode, offset, nbytes)
+            self._remove(journal, inode, kept, [], journal.seq)  # has the record say so
 
     def changed(self, inode: Inode) -> None:
         """Its times, or the backing's, are others now, by a change of ours."""
         kept = inode.journaled
         if self.journal is not None and kept is not None:
             kept.record.mtime_ns = inode.mtime_ns
+            kept.record.signature = inode.signature
+            kept.record.cutting = False
+            self._note(self.journal, kept)
+
+    def touching(self, inode: Inode) -> None:
+        """Its times are about to be set: if we end half way, that is not somebody else's doing."""
+        kept = inode.journaled
+        if self.journal is not None and kept is not None:
+            kept.record.cutting = True
+            self._note(self.journal, kept)
+
+    def rebound(self, inode: Inode) -> None:
+        """It is another file of the backing from now on, with the contents that it had."""
+        kept = inode.journaled
+        if self.journal is not None and kept is not None:
+            kept.record.device, kept.record.number = inode.key
+            kept.record.handle, kept.record.paths = self._handle(inode), self.table.paths(inode)
             kept.record.signature = inode.signature
             self._note(self.journal, kept)
 
@@ -277,6 +310,10 @@ class Keeper:
                     unwritten.update(_pages(offset, nbytes))
             assert kept <= unwritten, f"the journal has pages that are not unwritten: {sorted(kept - unwritten)[:5]}"
             assert kept == unwritten or self.written_through, f"not in the journal: {sorted(unwritten - kept)[:5]}"
+
+
+async def _nothing_is_durable(inodes: Iterable[Inode]) -> None:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
 def _store(journal: Journal, synced: Synced, record: FileRecord, rows: list[PagesRecord]) -> None:

@@ -1,25 +1,24 @@
-"""From an inode to its paths and from a path to its inode; paths are bytes, relative to the top."""
+"""Paths of inodes, many at a time, and the files below a path; paths are bytes, relative to the top."""
 
 import contextlib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import trio
 
 from cachefs.fs import STATS_AT_ONCE, FileSystem
-from cachefs.inode import Inode
+from cachefs.inode import Inode, InodeTable
 
 Memory = dict[Inode, bytes | None]
 
 
-def paths_of(inode: Inode, root: Inode, memory: Memory) -> list[bytes]:
-    """Every known name of the inode, as a path; none if it has been removed, or lies in what has been.
+def paths_of(inode: Inode, table: InodeTable, memory: Memory) -> list[bytes]:
+    """Every name of the inode, as a path; none if it has been removed or replaced, or lies in what has been.
 
     `memory` keeps the paths of directories, for as long as nobody else has a turn.
     """
-    if inode is root:
+    if inode is table.root:
         return [b""]
-    found = ((_path_of(parent, root, memory), name) for parent, name in inode.names)
+    names = [(parent, name) for parent, name in inode.names if table.named(parent, name) is inode]
+    found = ((_path_of(parent, table.root, memory), name) for parent, name in names)
     return [b"%b/%b" % (above, name) if above else name for above, name in found if above is not None]
 
 
@@ -44,25 +43,6 @@ def _path_of(directory: Inode, root: Inode, memory: Memory) -> bytes | None:
     return path
 
 
-@asynccontextmanager
-async def reached(fs: FileSystem, path: bytes) -> AsyncIterator[Inode]:
-    """The inode at a path, looked up name by name, known as long as the block lasts; raises OSError.
-
-    Names are those of the backing: a symbolic link is not followed.
-    """
-    inode = fs.table.root
-    inode.fd_busy += 1  # in use: not to be forgotten
-    try:
-        for name in filter(None, path.split(b"/")):
-            below = await fs.find(inode, name)
-            below.fd_busy += 1
-            _let_go(fs, inode)
-            inode = below
-        yield inode
-    finally:
-        _let_go(fs, inode)
-
-
 async def files_below(fs: FileSystem, path: bytes) -> dict[bytes, int]:
     """{path: size} of the regular files at and below a path; raises OSError if there is nothing. What goes meanwhile is left out.
 
@@ -73,7 +53,7 @@ async def files_below(fs: FileSystem, path: bytes) -> dict[bytes, int]:
     while todo:
         at = todo.pop()
         try:
-            async with reached(fs, at) as inode:
+            async with fs.at_path(at) as inode:
                 if inode.is_regular:
                     found[at] = inode.attributes().size
                 if inode.is_dir:
@@ -105,8 +85,3 @@ async def _entries(fs: FileSystem, directory: Inode) -> list[tuple[bytes, Inode]
         for _ in range(STATS_AT_ONCE if fs.backing.blocking else 1):
             nursery.start_soon(worker)
     return found
-
-
-def _let_go(fs: FileSystem, inode: Inode) -> None:
-    inode.fd_busy -= 1
-    fs.drop(inode)

@@ -21,7 +21,7 @@ from cachefs.cache.page import PAGE_SIZE
 from cachefs.errors import CachefsError
 from cachefs.fs import FileSystem
 from cachefs.inode import Inode
-from cachefs.names import reached
+from cachefs.names import paths_of
 from cachefs.units import format_size
 from cachefs.warm import Warming, pages_of
 
@@ -90,7 +90,7 @@ class Pins:
 
     def of(self, inode: Inode) -> list[bytes]:
         """The names of a file that are pinned."""
-        return [path for path in self.fs.table.paths(inode) if path in self.pins]
+        return [path for path in paths_of(inode, self.fs.table, {}) if path in self.pins]
 
     def _forget(self, path: bytes) -> None:
         pin = self.pins.pop(path, None)
@@ -118,7 +118,7 @@ class Pins:
     async def _look(self, pin: Pin, room_pages: int) -> int:
         """Pins the file that is at the path now, and reads what is missing; returns the pages it may take."""
         try:
-            async with reached(self.fs, pin.path) as inode:
+            async with self.fs.at_path(pin.path) as inode:
                 if self.pins.get(pin.path) is not pin:
                     return 0
                 if not inode.is_regular:

@@ -24,7 +24,7 @@ from cachefs.config import Config
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode, signature_of
 from cachefs.journal.index import VERSION
-from cachefs.journal.journal import DATA_FILE, INDEX_FILE, SYNCED_FILE, Journal, JournalFile, JournalFull
+from cachefs.journal.journal import DATA_FILE, INDEX_FILE, ROWS_FILE, SYNCED_FILE, Journal, JournalFile, JournalFull
 from cachefs.journal.load import Found, load
 from cachefs.journal.records import FileRecord, PagesRecord, checksum
 from cachefs.journal.setaside import set_aside
@@ -61,7 +61,7 @@ class Predecessor:
         self.boot = boot_id()
         make_private(self.directory)
         self.index_path = os.path.join(self.directory, INDEX_FILE)
-        self.found = load(self.index_path) or Found()
+        self.found = load(self.index_path, os.path.join(self.directory, ROWS_FILE)) or Found()
         self.synced = load(os.path.join(self.directory, SYNCED_FILE)) or Found()
         if self.found.version > VERSION:
             raise CachefsError(
@@ -86,10 +86,9 @@ class Predecessor:
         return sorted(left, key=lambda file: file.record.seq)
 
     def keep_damaged(self) -> str:
-        """Gives the index another name; it keeps its own one too until a new index takes that."""
+        """Gives the index another name."""
         kept = f"{self.index_path}.damaged-{time.strftime('%Y-%m-%dT%H-%M-%S')}"
-        with contextlib.suppress(FileExistsError):
-            os.link(self.index_path, kept)
+        os.rename(self.index_path, kept)
         return kept
 
     def check_source(self, meta: dict[bytes, bytes]) -> None:
@@ -192,8 +191,9 @@ class Recovery:
         keeper, predecessor = self.stack.keeper, self.predecessor
         path = os.path.join(predecessor.directory, SYNCED_FILE)
         if predecessor.synced.files:
+            found = [await self._find(record) for record in predecessor.synced.files.values()]
             try:
-                await keeper.make_durable()
+                await keeper.make_durable([inode for inode in found if inode is not None])
             except OSError as error:
                 raise CachefsError(f"SOURCE cannot be made durable ({error.strerror}): {self._all_kept()}") from None
         durable = self.stack.config.durability == "journal"
@@ -312,15 +312,15 @@ class Recovery:
     async def _replay(self, journal: Journal, left: Left) -> None:
         inode, record = left.inode, left.record
         assert inode is not None
+        file = self.stack.files.ensure_file(inode)
         await self._keep_theirs(inode, record)
         kept = journal.files[record.file]
         inode.journaled = kept
-        file = self.stack.files.ensure_file(inode)
         inode.mtime_ns = record.mtime_ns
-        inode.signature = signature_of(inode.st)
-        if inode.st.st_size != record.size:
-            await self._resize(inode, record.size)
-        self.stack.cache.truncate(file, record.size)
+        if kept.cover or record.cutting:  # else its first write was under way
+            if inode.st.st_size != record.size:
+                await self._resize(inode, record.size)
+            self.stack.cache.truncate(file, record.size)
         await self._load(journal, inode, kept)
         if inode.unwritten:
             await self._flush(inode)
@@ -329,7 +329,15 @@ class Recovery:
         self.stack.fs.drop(inode)
 
     async def _keep_theirs(self, inode: Inode, record: FileRecord) -> None:
-        """Somebody else may have changed the file since: then both versions are kept."""
+        """Somebody else may have changed the file since: then both versions are kept.
+
+        Where a writeback or truncate of ours was under way, their change cannot be told from it.
+        """
+        shown = signature_of(inode.st)[:2]
+        if record.writing or record.cutting or shown in (record.signature[:2], (record.mtime_ns, record.size)):
+            return
+        async with inode.lock:
+            await self.stack.files.conflicts.keep_theirs(inode)
 
     async def _resize(self, inode: Inode, size: int) -> None:
         """A truncate may have been under way; for what was only written, this is done by writing as well."""
@@ -347,7 +355,7 @@ class Recovery:
         for page, entry in sorted(kept.cover.items()):
             offset, file = page << PAGE_SHIFT, inode.file
             assert file is not None
-            data = journal.data.read((entry.run[0] + page - entry.page, 1))[: max(0, file.size - offset)]
+            data = journal.data.read((entry.slot + page - entry.page, 1))[: max(0, file.size - offset)]
             while data:
                 try:
                     self.stack.cache.write(file, offset, data)

@@ -1,7 +1,8 @@
 """Everything of a mount below FUSE, put together: backing, inodes, cache, writeback, files, names."""
 
 import contextlib
-import errno
+import functools
+import math
 import os
 import resource
 import time
@@ -15,16 +16,20 @@ from cachefs.cache.page import PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
 from cachefs.config import Config, machine_memory_bytes
 from cachefs.descriptors import BUDGET_MAX, Descriptors
+from cachefs.entries import merged
 from cachefs.files import Files
 from cachefs.fs import FileSystem
 from cachefs.hints import Hints
 from cachefs.inode import Inode, InodeTable
 from cachefs.keeper import Keeper
+from cachefs.ledger import Ledger
 from cachefs.pins import Pins
 from cachefs.rules import parse_rules
 from cachefs.savings import Savings
 from cachefs.statistics import FileSystemStatistics, HistogramSnapshot, Statistics
 from cachefs.tasks import Spawner
+from cachefs.watch import Watcher
+from cachefs.watchdog import Unreachable
 from cachefs.writeback import Writeback
 
 
@@ -41,7 +46,10 @@ def descriptor_budget() -> int:
 
 
 class Stack:
-    """The parts of one mount. `changed(inode)` is told when a file turns out to have been changed underneath.
+    """The parts of one mount.
+
+    `changed(inode)` is told when a file turns out to have been changed underneath, `gone(parent, name)` when a name does not
+    mean any more what the kernel knows.
 
     `pins_file` is where pins are kept (None: nowhere).
     """
@@ -52,12 +60,13 @@ class Stack:
         backing: Backing,
         tasks: Spawner,
         changed: Callable[[Inode], None],
+        gone: Callable[[Inode, bytes], None],
         pins_file: str | None = None,
     ) -> None:
         self.config = config
         self.started = time.monotonic()
         self.savings = Savings()
-        self.io = BackingIO(backing)
+        self.io = BackingIO(backing, tasks, config.backing_timeout_seconds)
         root_fd = backing.open_root()
         self.table = InodeTable(backing.fstat(root_fd))
         self.descriptors = Descriptors(self.io, self.table, root_fd, descriptor_budget())
@@ -74,36 +83,43 @@ class Stack:
             expire_seconds=config.dirty_expire_seconds,
             interval_seconds=config.writeback_interval_seconds,
             settled=self._settled,
+            watchdog=self.io.watchdog,
         )
-        self.filler = Filler(self.cache, tasks, self.writeback.need_room)
+        self.filler = Filler(self.cache, tasks, self.writeback.need_room, self.io.watchdog)
         self.files = Files(
             self.io, self.descriptors, self.cache, self.filler, self.writeback, self.keeper,
-            config.readahead_max_bytes, config.metadata_ttl_seconds, changed,
+            config.readahead_max_bytes, config.metadata_ttl_seconds, changed, gone,
         )  # fmt: skip
+        self.watcher = Watcher(self.descriptors, self.files, gone) if backing.watch_path(root_fd) is not None else None
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
+        self.keeper.make_durable = functools.partial(self.io.ask, self.fs.make_durable)
+        self.ledger = Ledger(self.fs)
         self.pins = Pins(self.fs, pins_file)
         self.hints = Hints(self.files, self.pins, parse_rules(config.rule), tasks, changed)
-        self.fs.hints, self.files.opened = self.hints, self.hints.opened
-        self.keeper.make_durable = self.fs.make_durable
+        self.fs.hints, self.files.advise = self.hints, self.hints.opened
 
     def _settled(self, inode: Inode) -> None:
         self.files.data.settle(inode)
         self.fs.drop(inode)
 
+    async def write_out(self) -> list[Inode]:
+        """Writes out everything that is dirty now, for as long as it gets on; returns the inodes that could not be written."""
+        left = math.inf
+        while self.writeback.unwritten_pages < left:
+            left = self.writeback.unwritten_pages
+            try:
+                return await self.io.ask(self.writeback.flush_all)
+            except Unreachable:
+                continue
+        return list(self.writeback.dirty)
+
     def unwritten(self) -> list[dict[str, object]]:
-        """The extents that are not on the backing."""
-        found: list[dict[str, object]] = []
-        for inode in self.writeback.dirty:
-            if inode.file is not None and inode.unwritten and not inode.unlinked:
-                reason = errno.errorcode.get(inode.error_errno, "") if inode.error_count else ""
-                for offset, length in inode.file.dirty_extents():
-                    found.append({"path": self.path(inode), "offset": offset, "length": length, "error": reason})
-        return found
+        """The entries of everything that is not on the backing, merged; takes as long as it takes."""
+        return merged(entry for part in self.ledger.parts() for entry in part)
 
     def path(self, inode: Inode) -> str:
         """A name of the inode relative to SOURCE, for people."""
-        paths = self.table.paths(inode)
-        return os.fsdecode(paths[0]) if paths else ""
+        return os.fsdecode(self.ledger.path(inode) or b"")
 
     def tick(self) -> None:
         """To be called every second or so: moves the clock that reads are stamped with, and adds up what they saved."""
@@ -123,6 +139,7 @@ class Stack:
             writeback=self.writeback.statistics(),
             backing=self.io.statistics(),
             journal=self.keeper.statistics(),
+            conflicts=self.files.conflicts.statistics(),
             filesystem=FileSystemStatistics(
                 durations=durations,
                 saved_seconds=self.savings.seconds,

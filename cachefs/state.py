@@ -12,7 +12,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from cachefs import mountinfo
@@ -26,6 +26,7 @@ _POLL_SECONDS = 0.05
 _LOCK_FILE = "lock"
 _RECORD_FILE = "daemon.json"
 _LOG_FILE = "cachefs.log"
+_END_FILE = "last-end.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +106,11 @@ class State:
         with contextlib.suppress(CachefsError):  # a full disk must not keep us from writing out
             self.publish(STOPPING)
 
+    def note_end(self, unwritten: Sequence[Mapping[str, object]], kept: str | None) -> None:
+        """Leaves a note of what could not be written and where that is kept, for who asked us to end and did not hear us."""
+        with contextlib.suppress(CachefsError):
+            _write_atomically(os.path.join(self.directory, _END_FILE), json.dumps([os.getpid(), unwritten, kept]))
+
     def close(self) -> None:
         """Gives the state up: removes what names this process, then the lock."""
         for path in (self._runtime_record, self.socket_path, os.path.join(self.directory, _RECORD_FILE)):
@@ -161,6 +167,9 @@ def make_private(directory: str) -> None:
         status = os.lstat(directory)
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise CachefsError(f"{directory} is not a directory of yours: remove it, or give another with --state-dir")
+        if status.st_mode & 0o002:
+            raise CachefsError(f"everybody may write to {directory}: remove it, or give another with --state-dir")
+        _check_above(directory)
         if status.st_mode & 0o077:
             os.chmod(directory, 0o700)
     except OSError as error:
@@ -168,8 +177,30 @@ def make_private(directory: str) -> None:
         raise CachefsError(f"can't use {directory}: {reason}; give another with --state-dir") from None
 
 
+def _check_above(directory: str) -> None:
+    """Refuses a place where somebody else could put a directory of his own in the place of ours."""
+    above = directory
+    while above != "/":
+        above = os.path.dirname(above)
+        status = os.stat(above)
+        if status.st_uid not in (0, os.geteuid()):
+            whose = f"{above} belongs to user {status.st_uid}, who could exchange what is in it"
+        elif status.st_mode & 0o002 and not status.st_mode & stat.S_ISVTX:
+            whose = f"everybody may exchange what is in {above}"
+        else:
+            continue
+        raise CachefsError(f"can't use {directory}: {whose}; give another with --state-dir")
+
+
 def daemons() -> list[DaemonRecord]:
-    """This user's live daemons by mountpoint; what dead ones left in the runtime directory is removed."""
+    """This user's live daemons by mountpoint; what dead ones left in the runtime directory is removed.
+
+    CachefsError for a runtime directory of somebody else, whom only root may ask.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if os.geteuid() not in (0, os.stat(runtime_directory()).st_uid):
+            who = "ask as that user or as root, or set CACHEFS_RUNTIME_DIR"
+            raise CachefsError(f"the runtime directory {runtime_directory()} belongs to another user: {who}")
     with contextlib.suppress(OSError):
         names = [name for name in os.listdir(runtime_directory()) if name.endswith(".json")]
         found = (_live_record(os.path.join(runtime_directory(), name)) for name in names)
@@ -185,6 +216,16 @@ def find_daemon(path: str) -> DaemonRecord | None:
         if record.mountpoint == real:
             return record
     return next((record for record in live if record.source == real), None)
+
+
+def how_it_ended(record: DaemonRecord) -> tuple[list[dict[str, object]], str | None] | None:
+    """What this daemon could not write by the end of its mount, and where that is kept; None if it left no word of that."""
+    try:
+        with open(os.path.join(record.state_dir, _END_FILE), encoding="ascii") as file:
+            pid, unwritten, kept = json.load(file)
+    except (OSError, ValueError, TypeError):
+        return None
+    return (list(unwritten), kept) if pid == record.pid else None
 
 
 def _live_record(path: str) -> DaemonRecord | None:
@@ -224,7 +265,7 @@ def _shared_lock(state_dir: str) -> Iterator[bool]:
 
 def _open_lock(directory: str) -> int:
     try:
-        return os.open(os.path.join(directory, _LOCK_FILE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return os.open(os.path.join(directory, _LOCK_FILE), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise CachefsError(f"can't write to {directory}: {error.strerror}; give another with --state-dir") from None
 
@@ -284,7 +325,7 @@ def _read_record(path: str) -> DaemonRecord | None:
 def _write_atomically(path: str, text: str) -> None:
     temporary = path + ".new"
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with open(fd, "w", encoding="ascii") as file:
             file.write(text)
         os.rename(temporary, path)

@@ -5,8 +5,7 @@ of them at the same one. Extents are made by whoever asks (`cachefs/cache/reside
 """
 
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping, Sequence
 
 import trio
 
@@ -16,7 +15,7 @@ from cachefs.controlserver import Handler, Send
 from cachefs.errors import CachefsError
 from cachefs.handle import Handle
 from cachefs.inode import Inode
-from cachefs.names import paths_of, reached
+from cachefs.names import paths_of
 from cachefs.stack import Stack
 
 PIECE_GROUPS = 400  # ~5 ms
@@ -52,7 +51,8 @@ class ViewCommands:
             file = inode.file
             if file is None or not file.resident_pages:
                 continue
-            path = _shown(paths_of(inode, self.stack.table.root, memory), wanted)
+            paths = paths_of(inode, self.stack.table, memory)
+            path = _shown(paths, wanted)
             if path is None:
                 continue
             indexes = list(file.groups)
@@ -61,17 +61,16 @@ class ViewCommands:
                     yield piece
                     piece, memory = [], {}
                 some = indexes[start : start + PIECE_GROUPS]
-                piece.append(self._entry(inode, file, path, some))
+                piece.append(self._entry(inode, file, path if paths else None, some))
             groups += len(indexes) % PIECE_GROUPS + 1
         yield piece
 
-    def _entry(self, inode: Inode, file: CachedFile, path: bytes, indexes: Sequence[int]) -> dict[str, object]:
+    def _entry(self, inode: Inode, file: CachedFile, path: bytes | None, indexes: Sequence[int]) -> dict[str, object]:
         now = self.stack.cache.clock()
         found = [file.groups[index] for index in indexes if index in file.groups]
         return {
-            "path": os.fsdecode(path),
+            "path": None if path is None else os.fsdecode(path),
             "inode": inode.node,
-            "removed": not inode.names and inode is not self.stack.table.root,
             "size": file.size,
             "page_hits": file.page_hits,
             "page_misses": file.page_misses,
@@ -79,33 +78,36 @@ class ViewCommands:
         }
 
     async def _stat(self, request: Mapping[str, object], send: Send) -> None:
-        async with self._file(text(request, "path")) as inode:
-            names = paths_of(inode, self.stack.table.root, {})
+        path = text(request, "path")
+        try:
+            messages = await self.stack.io.ask(self._about, os.fsencode(path))
+        except OSError as error:
+            raise CachefsError(f"{path}: {error.strerror}") from None
+        for message in messages:
+            await send(message)
+
+    async def _about(self, path: bytes) -> list[dict[str, object]]:
+        """What there is to say of the regular file at a path, its groups in pieces."""
+        async with self.stack.fs.at_path(path) as inode:
+            if not inode.is_regular:
+                raise CachefsError(f"{os.fsdecode(path) or 'the mountpoint'} is not a regular file: only those are cached")
+            names = paths_of(inode, self.stack.table, {})
             handles = [handle for handle in self.stack.files.handles.values() if handle.inode is inode]
-            await send(
+            messages: list[dict[str, object]] = [
                 {
                     "names": [os.fsdecode(name) for name in names],
                     "size": inode.attributes().size,
                     "handles": [_describe(handle) for handle in handles],
                     "window_pages": self.stack.files.window_pages,
                 }
-            )
-            if inode.file is not None:
-                indexes = list(inode.file.groups)
-                for start in range(0, max(len(indexes), 1), PIECE_GROUPS):
-                    some = indexes[start : start + PIECE_GROUPS]
-                    await send({"files": [self._entry(inode, inode.file, names[0] if names else b"", some)]})
-
-    @asynccontextmanager
-    async def _file(self, path: str) -> AsyncIterator[Inode]:
-        """The regular file at a path; CachefsError if there is none."""
-        try:
-            async with reached(self.stack.fs, os.fsencode(path)) as inode:
-                if not inode.is_regular:
-                    raise CachefsError(f"{path or 'the mountpoint'} is not a regular file: only those are cached")
-                yield inode
-        except OSError as error:
-            raise CachefsError(f"{path}: {error.strerror}") from None
+            ]
+            file = inode.file
+            indexes = list(file.groups) if file is not None else []
+            for start in range(0, len(indexes), PIECE_GROUPS):
+                assert file is not None
+                messages.append({"files": [self._entry(inode, file, path, indexes[start : start + PIECE_GROUPS])]})
+                await trio.lowlevel.checkpoint()
+            return messages
 
 
 def texts(request: Mapping[str, object], name: str) -> list[str]:

@@ -7,7 +7,8 @@ so there is no cliff; the limit itself is never passed (`PageCache.write` refuse
 
 A batch is some extents of one file, written by one call into the writeback thread: a file has one batch at a time
 (`inode.lock`), up to `BATCHES_MAX` files are written side by side. Pages that are written to meanwhile stay dirty. A batch
-that fails leaves its pages dirty; the file is tried again after a pause that doubles, and other files go on.
+that fails leaves its pages dirty; the file is tried again after a pause that doubles, and other files go on. While the backing
+is lost nothing is tried, and when it is back everything at once.
 """
 
 import errno
@@ -16,7 +17,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import trio
 
@@ -26,12 +27,14 @@ from cachefs.cache.pagecache import PageCache
 from cachefs.inode import Inode
 from cachefs.keeper import Keeper
 from cachefs.statistics import WritebackStatistics
+from cachefs.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 8 << 20  # what one call writes: enough to be worth a thread switch, little enough to see progress
 BATCH_EXTENTS = 1024
 BATCHES_MAX = 4
+NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))  # others are refused to write while a file fails with these
 RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 0.5, 30.0
 PAUSE_MOST_SECONDS = 0.2  # longest single pause of a writer below the limit
 
@@ -51,6 +54,7 @@ class Writeback:
         expire_seconds: float,
         interval_seconds: float,
         settled: Callable[[Inode], None] = lambda inode: None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.cache = cache
         self.keeper = keeper
@@ -58,7 +62,10 @@ class Writeback:
         self.expire_seconds = expire_seconds
         self.interval_seconds = interval_seconds
         self.settled = settled
+        self.watchdog = watchdog or Watchdog(None, math.inf, lambda: None)
+        self.watchdog.came_back = self._try_everything
         self.dirty: dict[Inode, int] = {}  # {inode with unwritten data: page where its next batch begins}
+        self.refused: dict[Inode, int] = {}  # {inode whose last batch found no room: errno}
         self.written_bytes = 0
         self.errors: Counter[str] = Counter()  # {errno name: batches that failed}
         self.throttle_seconds = 0.0
@@ -145,9 +152,18 @@ class Writeback:
                 with trio.move_on_after(self.interval_seconds):
                     await self._wake.wait()
                 self._wake = trio.Event()
-                for inode in self._due(BATCHES_MAX - self._under_way):
+                if self.watchdog.lost:
+                    continue
+                # Batches that hang must not keep other files from being written.
+                for inode in self._due(BATCHES_MAX - self._under_way + self.watchdog.overdue("write")):
                     self._under_way += 1
                     nursery.start_soon(self._write_one, inode)
+
+    def _try_everything(self) -> None:
+        """The backing is back: what failed or was not tried need not wait out its pause."""
+        for inode in self.dirty:
+            inode.retry_at = 0.0
+        self.kick()
 
     def _due(self, most: int) -> list[Inode]:
         """The files to write next, those whose turn was longest ago first."""
@@ -165,7 +181,7 @@ class Writeback:
                 passed_by = True
             elif not file.dirty_pages or now < inode.retry_at:
                 continue
-            elif everything or now - file.dirty_since >= self.expire_seconds:
+            elif everything or inode in self.refused or now - file.dirty_since >= self.expire_seconds:
                 due.append(inode)
         else:
             self._write_soon = self._write_soon and passed_by
@@ -205,10 +221,10 @@ class Writeback:
         if not file.unwritten:
             self._clean(inode)
 
-    async def flush_all(self, report: Callable[[int], None] = lambda dirty_bytes: None) -> list[Inode]:
-        """Writes everything that is dirty now, several files at a time; returns the inodes that could not be written."""
+    async def flush_all(self, inodes: Iterable[Inode] | None = None) -> list[Inode]:
+        """Writes everything that is dirty now, or of these files, several at a time; returns those that could not be written."""
         failed: list[Inode] = []
-        todo = iter(list(self.dirty))
+        todo = iter(list(self.dirty if inodes is None else inodes))
 
         async def worker() -> None:
             for inode in todo:
@@ -216,7 +232,6 @@ class Writeback:
                     await self.flush(inode)
                 except OSError:
                     failed.append(inode)
-                report(self.unwritten_pages * PAGE_SIZE)
 
         async with trio.open_nursery() as nursery:
             for _ in range(BATCHES_MAX):
@@ -289,6 +304,8 @@ class Writeback:
     def _note_result(self, inode: Inode, error: OSError | None) -> None:
         if error is None:
             inode.retry_at = inode.retry_seconds = 0.0
+            inode.tries = 0
+            self.refused.pop(inode, None)
             if not inode.unwritten:
                 self._clean(inode)
             elif inode in self.dirty:
@@ -299,12 +316,32 @@ class Writeback:
         self.errors[name] += 1
         if not inode.retry_seconds:
             log.error("cannot write to the backing: %s (inode %d); the data is kept and tried again", name, inode.node)
+        inode.tries += 1
         inode.error_count += 1
         inode.error_errno = number
+        if number in NO_ROOM:
+            self.refused[inode] = number
+        else:
+            self.refused.pop(inode, None)
         inode.retry_seconds = min(max(RETRY_FIRST_SECONDS, 2 * inode.retry_seconds), RETRY_MOST_SECONDS)
         inode.retry_at = self.cache.clock() + inode.retry_seconds
 
+    def retry(self, number: int) -> None:
+        """What failed with this errno may succeed now: the pauses of these files are over."""
+        for inode, why in self.refused.items():
+            if why == number:
+                inode.retry_at = 0.0
+        self.kick()
+
+    def given_up(self, inode: Inode) -> None:
+        """The file's dirty pages are gone, unwritten: its failures do not matter any more."""
+        inode.retry_at = inode.retry_seconds = 0.0
+        inode.tries = 0
+        if not inode.unwritten:
+            self._clean(inode)
+
     def _clean(self, inode: Inode) -> None:
+        self.refused.pop(inode, None)
         if self.dirty.pop(inode, None) is not None:
             self.settled(inode)
 

@@ -97,6 +97,13 @@ class CachedFile:
                     found.append((offset, length))
         return found
 
+    def unwritten_behind(self, size: int) -> int:
+        """Bytes newer than the backing in pages that lie wholly behind `size`, the end of the backing's file."""
+        first, pages = -(-size // PAGE_SIZE), 0
+        for index, group in self.groups.items():
+            pages += ((group.dirty | group.writeback) >> max(0, first - (index << GROUP_SHIFT))).bit_count()
+        return min(pages * PAGE_SIZE, max(0, self.size - size))
+
     def check(self) -> None:
         groups = self.groups.values()
         assert self.resident_pages == sum(g.resident.bit_count() for g in groups)

@@ -39,7 +39,7 @@ _BYTE_IN_GROUP = GROUP_SIZE - 1
 _NOTHING: Mapping[int, int] = {}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Fill:
     """Pages of one group that a thread is reading: [first, first + count) in the group, `view` their memory."""
 
@@ -48,6 +48,7 @@ class Fill:
     count: int
     view: memoryview
     done: trio.Event
+    error: OSError | None = None  # what kept the backing from reading them
 
     @property
     def mask(self) -> int:
@@ -442,6 +443,21 @@ class PageCache:
             return 0
         self.policy.remove(group.key, going)
         return self._leave(group, going, reason)
+
+    def give_up(self, file: CachedFile) -> int:
+        """Every dirty page leaves unwritten, but for those a thread is working on; how many bytes of the file that were."""
+        given_up = 0
+        for index in list(file.dirty_groups):
+            group = file.groups[index]
+            going = group.dirty & ~group.writeback
+            if not going:
+                continue
+            last_page = (index << GROUP_SHIFT) + going.bit_length()
+            given_up += going.bit_count() * PAGE_SIZE - (last_page * PAGE_SIZE - file.size if last_page == file.end_page else 0)
+            self.policy.remove(group.key, going)
+            self._leave(group, going, "dropped")
+        self.room.unpark_all()
+        return given_up
 
     def discard(self, file: CachedFile) -> None:
         """The file is gone: every page leaves, dirty ones too, but for those a thread is working on."""

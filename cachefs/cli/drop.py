@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from cachefs import control
-from cachefs.cli.paths import places
+from cachefs.cli.paths import by_mount
 from cachefs.units import format_size
 
 
@@ -17,8 +17,8 @@ def command(paths: tuple[str, ...]) -> int:
 
     Unwritten data stays (cachefs sync writes it), and so do pinned files (cachefs unpin).
     """
-    for place in places(paths):
-        answers: Iterator[Mapping[str, Any]] = control.request(place.record.socket, {"command": "drop", "paths": place.paths})
+    for record, inside in by_mount(paths):
+        answers: Iterator[Mapping[str, Any]] = control.request(record.socket, {"command": "drop", "paths": inside})
         *_, last = answers
         stayed = ", ".join(f"{format_size(nbytes)} {reason}" for reason, nbytes in sorted(last["stayed"].items()))
         dropped = f"dropped {format_size(last['dropped_bytes'])} of {last['files']} files"

@@ -1,9 +1,10 @@
 """Answers of the daemon as text for people; nothing here asks or decides anything."""
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cachefs.cli.listing import one_line
+from cachefs.entries import printable
 from cachefs.units import format_duration, format_size
 
 Figures = Mapping[str, Any]
@@ -18,12 +19,71 @@ def progress_line(message: Figures) -> str:
     return f"{format_size(float(message['dirty_bytes']))} left to write"
 
 
-def unwritten_line(piece: object) -> str:
-    """One piece of a file that could not be written."""
-    if not isinstance(piece, Mapping):
-        return str(piece)
-    begin, length = int(piece.get("offset", 0)), int(piece.get("length", 0))
-    return f"{piece.get('path')}: bytes {begin} to {begin + length}: {piece.get('error')}"
+def unwritten_line(entry: Figures) -> str:
+    """One piece of a file that is not on SOURCE."""
+    begin = int(entry.get("offset", 0))
+    reason = entry.get("error") or "nothing failed"
+    return f"{file_name(entry)}: bytes {begin} to {begin + int(entry.get('length', 0))}: {reason}"
+
+
+def undurable_line(file: Figures) -> str:
+    """One file that SOURCE has but could not make durable."""
+    return f"{file_name(file)}: {file.get('error')}"
+
+
+def file_name(entry: Figures) -> str:
+    """What a file is called on one line."""
+    path = entry.get("path")
+    return f"(inode {entry.get('inode')}, no name known)" if path is None else printable(str(path))
+
+
+def left_line(timeout_seconds: float, last: Figures) -> str:
+    """What becomes of what was not done in time; `last` is the daemon's newest word."""
+    kept = f", what is left is kept {last['kept']}" if last.get("kept") else ""
+    return f"not done after {timeout_seconds:g} seconds ({progress_line(last)}): it goes on in the background{kept}"
+
+
+def fate_line(entries: Sequence[Figures], last: Figures) -> str:
+    """What becomes of the data that could not be written by the end; `last` is the daemon's last word."""
+    fate = f"is kept {last['kept']}" if last.get("kept") else "is lost"
+    return f"{_amount(entries)} could not be written and {fate}"
+
+
+def _amount(entries: Sequence[Figures]) -> str:
+    files = {(entry.get("path"), entry.get("inode")) for entry in entries}
+    size = format_size(sum(entry["length"] for entry in entries))
+    return f"{size} of {len(files)} files" if len(files) != 1 else f"{size} of one file"
+
+
+def discard_question(path: str, entries: Sequence[Figures]) -> str:
+    """What somebody is asked before data is given up."""
+    reasons = ", ".join(sorted({str(entry.get("error")) for entry in entries}))
+    size = format_size(sum(entry["length"] for entry in entries))
+    return f"Give up {size} that programs wrote to {printable(path)} and SOURCE does not take ({reasons})?"
+
+
+def discarded_line(path: str, last: Figures) -> str:
+    return f"{int(last.get('discarded_bytes', 0))} bytes of {printable(path)} discarded"
+
+
+def dirty_text(title: str, entries: Sequence[Figures]) -> str:
+    """What is not on the backing, a line an extent; the oldest first, as they come."""
+    if not entries:
+        return f"{title}\n  everything is on SOURCE"
+    rows = [_DIRTY_HEAD, *map(_dirty_row, entries)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_DIRTY_HEAD) - 1)]
+    lines = ["  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+    return "\n".join([f"{title}, {_amount(entries)} not on SOURCE", *(f"  {line}" for line in lines)])
+
+
+_DIRTY_HEAD = ("age", "offset", "length", "tries", "last error", "next try", "file")
+
+
+def _dirty_row(entry: Figures) -> tuple[str, ...]:
+    return (
+        format_duration(entry["age_seconds"]), str(entry["offset"]), str(entry["length"]), str(entry["tries"]),
+        str(entry["error"] or "-"), format_duration(entry["next_try_seconds"]), file_name(entry),
+    )  # fmt: skip
 
 
 def status_text(status: Figures) -> str:
@@ -56,6 +116,7 @@ def _rows(statistics: Figures, metrics: object) -> Iterator[tuple[str, str]]:
     yield "dirty", _dirty(writeback)
     yield "written back", format_size(_count(writeback, "written_bytes")) + _throttled(writeback)
     yield "journal", _journal(_part(statistics, "journal"))
+    yield "conflicts", _conflicts(_part(statistics, "conflicts"))
     yield "errors", _errors(_part(backing, "errors"), _part(writeback, "errors"))
     yield "backing", _backing(backing)
     yield from _calls(_part(backing, "durations"))
@@ -93,7 +154,7 @@ def _programs(programs: Figures) -> Iterator[tuple[str, str]]:
         hits, misses = (_count(programs[name], counter) for counter in ("page_hits", "page_misses"))
         hit, missed, written = (_count(programs[name], amount) for amount in amounts)
         amount = f"{format_size(hit + missed)} read, {format_size(written)} written"
-        yield label, f"{one_line(name)}: {_percent(hits, hits + misses)} of pages hit, {amount}"
+        yield label, f"{printable(name)}: {_percent(hits, hits + misses)} of pages hit, {amount}"
         label = ""
 
 
@@ -151,10 +212,36 @@ def _errors(backing: Figures, writeback: Figures) -> str:
     return ", ".join(named) or "none"
 
 
+def _conflicts(conflicts: Figures) -> str:
+    """How many files were changed on both sides, and the last of them with its copy."""
+    total, recent = _count(conflicts, "total"), conflicts.get("recent")
+    if not isinstance(recent, list) or not recent:
+        return f"{total} files changed on both sides" if total else "none"
+    last = recent[-1]
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(_count(last, "when")))
+    copy = f"{last.get('kept')} kept as {_path(last.get('copy'))}"
+    return f"{total} files changed on both sides, the last {when}: {_path(last.get('path'))}, {copy}"
+
+
+def _path(path: object) -> str:
+    """A path for a terminal: what could move the cursor is escaped."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
+
+
 def _backing(backing: Figures) -> str:
     latency, bandwidth = _count(backing, "latency_seconds"), _count(backing, "bandwidth_bytes_per_second")
     speed = f"latency {format_duration(latency)}, {format_size(bandwidth)}/s" if bandwidth else "not measured yet"
-    return f"{speed}; {format_size(_count(backing, 'read_bytes'))} read"
+    timeouts = _count(backing, "timeouts")
+    failed = f"; {timeouts} requests failed for want of an answer" if timeouts else ""
+    return f"{_state(backing)}{speed}; {format_size(_count(backing, 'read_bytes'))} read{failed}"
+
+
+def _state(backing: Figures) -> str:
+    if not backing.get("lost"):
+        return ""
+    silent = _count(backing, "silent_seconds")
+    return f"LOST, no answer for {format_duration(silent)}; " if silent else "LOST, says it is not there; "
 
 
 def _calls(durations: Figures) -> Iterator[tuple[str, str]]:

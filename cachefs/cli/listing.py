@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cachefs.cache.residency import Cached, Extent, extents, unpack
+from cachefs.entries import escaped, printable
 from cachefs.units import format_duration
 
 Row = tuple["CachedFile", Extent]
@@ -52,7 +53,7 @@ def gather(entries: Iterable[Mapping[str, Any]], top: str, found: dict[tuple[str
         key = top, int(entry["inode"])
         file = found.get(key)
         if file is None:
-            path = "" if entry["removed"] else below(top, entry["path"])
+            path = "" if entry["path"] is None else below(top, entry["path"])
             file = found[key] = CachedFile(path, key[1], entry["size"], entry["page_hits"], entry["page_misses"])
         file.groups += map(unpack, entry["groups"])
 
@@ -83,7 +84,7 @@ def summaries(files: Iterable[CachedFile], states: frozenset[str]) -> Iterator[S
 
 def extent_lines(found: Iterable[Row]) -> Iterator[str]:
     for file, (offset, length, state, age, reader) in found:
-        who = one_line(reader) or "-"
+        who = printable(reader) or "-"
         yield f"{offset:12} {length:12}  {state:16} {format_duration(age):>9}  {who:15}  {title(file)}"
 
 
@@ -96,7 +97,7 @@ def summary_lines(found: Iterable[Summary]) -> Iterator[str]:
 
 def extent_json(found: Iterable[Row]) -> Iterator[str]:
     for file, extent in found:
-        facts = {"inode": file.inode, **extent._asdict(), "last_reader": _utf8(extent.last_reader)}
+        facts = {"inode": file.inode, **extent._asdict(), "last_reader": escaped(extent.last_reader)}
         yield json.dumps({**named(file.path), **facts})
 
 
@@ -117,23 +118,9 @@ def summary_json(found: Iterable[Summary]) -> Iterator[str]:
 
 
 def title(file: CachedFile) -> str:
-    return one_line(file.path) or f"(removed, inode {file.inode})"
+    return printable(file.path) or f"(removed, inode {file.inode})"
 
 
 def named(path: str) -> dict[str, str | None]:
-    """A path in JSON that every reader of JSON accepts: bytes that are no UTF-8 show as U+FFFD, and "file_hex" has them all."""
-    if not path:
-        return {"file": None}
-    shown, raw = _utf8(path), path.encode("utf-8", "surrogateescape")
-    return {"file": shown} if shown.encode() == raw else {"file": shown, "file_hex": raw.hex()}
-
-
-def _utf8(text: str) -> str:
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def one_line(text: str) -> str:
-    """A name in which nothing ends the line or moves the cursor; raw bytes stay what they are."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in text)
+    """A path in JSON: text that every reader of JSON takes, see `entries.escaped`; null for a file that was removed."""
+    return {"file": escaped(path) or None}

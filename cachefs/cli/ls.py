@@ -11,9 +11,9 @@ from cachefs import control
 from cachefs.cache.residency import STATES
 from cachefs.cli import listing
 from cachefs.cli.listing import CachedFile, Row, Summary
-from cachefs.cli.paths import Place, places
+from cachefs.cli.paths import by_mount
 from cachefs.errors import UsageError
-from cachefs.state import daemons
+from cachefs.state import DaemonRecord, daemons
 
 T = TypeVar("T")
 _EXTENT_KEYS: dict[str, Callable[[Row], Any]] = {
@@ -44,7 +44,7 @@ def command(paths: tuple[str, ...], summary: bool, states: tuple[str, ...], key:
     """
     if not summary and key in ("share", "hits"):
         raise UsageError(f"--sort {key} needs --summary")
-    files = _files(places(paths) if paths else [Place(record) for record in daemons()])
+    files = _files(by_mount(paths) if paths else [(record, []) for record in daemons()])
     wanted = frozenset(states)
     if summary:
         summaries = _sorted(listing.summaries(files, wanted), _SUMMARY_KEYS.get(key), top)
@@ -55,13 +55,13 @@ def command(paths: tuple[str, ...], summary: bool, states: tuple[str, ...], key:
     return 0
 
 
-def _files(asked: Iterable[Place]) -> Iterable[CachedFile]:
+def _files(asked: Iterable[tuple[DaemonRecord, list[str]]]) -> Iterable[CachedFile]:
     found: dict[tuple[str, int], CachedFile] = {}
-    for place in asked:
-        for message in control.request(place.record.socket, {"command": "ls", "paths": place.paths}):
+    for record, paths in asked:
+        for message in control.request(record.socket, {"command": "ls", "paths": paths}):
             entries = message.get("files")
             if isinstance(entries, list):
-                listing.gather(entries, place.record.mountpoint, found)
+                listing.gather(entries, record.mountpoint, found)
     return found.values()
 
 

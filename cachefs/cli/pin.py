@@ -6,9 +6,10 @@ from typing import Any
 import click
 
 from cachefs import control
-from cachefs.cli.listing import below, named, one_line
-from cachefs.cli.paths import places
+from cachefs.cli.listing import below, named
+from cachefs.cli.paths import by_mount
 from cachefs.cli.progress import progress
+from cachefs.entries import printable
 from cachefs.state import DaemonRecord, daemons
 from cachefs.units import format_size
 
@@ -30,7 +31,7 @@ def command(paths: tuple[str, ...], as_json: bool) -> int:
     bad = [(record, pin) for record, pin in pins if pin["state"]]
     if paths and not as_json:
         for record, pin in bad:
-            click.echo(f"cachefs: {one_line(below(record.mountpoint, pin['path']))}: {pin['state']}", err=True)
+            click.echo(f"cachefs: {printable(below(record.mountpoint, pin['path']))}: {pin['state']}", err=True)
     return 1 if bad else 0
 
 
@@ -38,20 +39,20 @@ def command(paths: tuple[str, ...], as_json: bool) -> int:
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
 def unpin_command(paths: tuple[str, ...]) -> int:
     """Let files, and what is pinned in directories, be evicted again."""
-    for place in places(paths, must_exist=False):
-        for _ in control.request(place.record.socket, {"command": "unpin", "paths": place.paths}):
+    for record, inside in by_mount(paths, must_exist=False):
+        for _ in control.request(record.socket, {"command": "unpin", "paths": inside}):
             pass
     return 0
 
 
 def _pin(paths: tuple[str, ...]) -> list[tuple[DaemonRecord, dict[str, Any]]]:
     found = []
-    for place in places(paths):
+    for record, inside in by_mount(paths):
         with progress("pinning") as show:
-            for message in control.request(place.record.socket, {"command": "pin", "paths": place.paths}, None):
+            for message in control.request(record.socket, {"command": "pin", "paths": inside}, None):
                 show(message)
                 pins = message.get("pins", [])
-                found += [(place.record, pin) for pin in pins] if isinstance(pins, list) else []
+                found += [(record, pin) for pin in pins] if isinstance(pins, list) else []
     return found
 
 
@@ -71,4 +72,4 @@ def _as_json(record: DaemonRecord, pin: dict[str, Any]) -> dict[str, Any]:
 def _line(record: DaemonRecord, pin: dict[str, Any]) -> str:
     problem = f"  ({pin['state']})" if pin["state"] else ""
     cached, size = format_size(pin["cached_bytes"]), format_size(pin["size"])
-    return f"{cached:>10} of {size:>10}  {one_line(below(record.mountpoint, pin['path']))}{problem}\n"
+    return f"{cached:>10} of {size:>10}  {printable(below(record.mountpoint, pin['path']))}{problem}\n"

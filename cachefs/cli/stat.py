@@ -8,7 +8,8 @@ import click
 from cachefs import control
 from cachefs.cli import listing
 from cachefs.cli.listing import CachedFile
-from cachefs.cli.paths import locate
+from cachefs.cli.paths import located
+from cachefs.entries import escaped, printable
 from cachefs.units import format_size
 
 
@@ -17,7 +18,8 @@ from cachefs.units import format_size
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def command(path: str, as_json: bool) -> int:
     """Show what of FILE is cached, its counters, who has it open, and the readahead of each."""
-    record, inside = locate(path)
+    place = located(path)
+    record, inside = place.record, place.path
     found: dict[tuple[str, int], CachedFile] = {}
     facts: dict[str, Any] = {}
     for message in control.request(record.socket, {"command": "stat", "path": inside}):
@@ -36,7 +38,7 @@ def _as_json(path: str, file: CachedFile, facts: dict[str, Any]) -> dict[str, An
     summary = next(listing.summaries([file], frozenset()), None)
     return {
         **listing.named(path),
-        "names": [listing.named(name) for name in facts["names"]],
+        "names": [escaped(name) for name in facts["names"]],
         "size": facts["size"],
         "cached_bytes": summary.cached_bytes if summary else 0,
         "bytes": dict(summary.bytes) if summary else {},
@@ -52,9 +54,9 @@ def _lines(path: str, file: CachedFile, facts: dict[str, Any]) -> list[str]:
     summary = next(listing.summaries([file], frozenset()), None)
     share = f"{format_size(summary.cached_bytes)} ({100 * summary.share:.1f} %)" if summary else "nothing"
     by_state = ", ".join(f"{format_size(count)} {state}" for state, count in summary.bytes.items()) if summary else ""
-    names = [listing.one_line(name) for name in facts["names"]]
+    names = [printable(name) for name in facts["names"]]
     lines = [
-        listing.one_line(path),
+        printable(path),
         *([f"  names      {', '.join(names)}"] if len(names) > 1 else []),
         f"  size       {facts['size']} bytes",
         f"  cached     {share}{': ' if by_state else ''}{by_state}",
@@ -68,6 +70,6 @@ def _lines(path: str, file: CachedFile, facts: dict[str, Any]) -> list[str]:
 
 
 def _handle(handle: dict[str, Any]) -> str:
-    who = f"{listing.one_line(handle['program'])}, user {handle['uid']}, {'writing' if handle['writable'] else 'reading'}"
+    who = f"{printable(handle['program'])}, user {handle['uid']}, {'writing' if handle['writable'] else 'reading'}"
     streams = [f"at page {s['position']}, {s['stop'] - s['position']} pages ahead" for s in handle["streams"]]
     return f"{who}: {'; '.join(streams)}" if streams else who

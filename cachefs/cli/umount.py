@@ -1,33 +1,35 @@
-"""`cachefs umount` and `cachefs sync`: let the daemon write out, show what is left, list what could not be written."""
+"""`cachefs umount`: lets the daemon write out, shows what is left, lists what could not be written, waits for its end."""
 
 import contextlib
+import math
 import os
 import select
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
 from cachefs import control, mountinfo
-from cachefs.cli.format import progress_line, unwritten_line
+from cachefs.cli.asking import Answer, OutOfTime, ask, timeout_option
+from cachefs.cli.format import fate_line, left_line, unwritten_line
 from cachefs.errors import CachefsError
-from cachefs.state import STOPPING, DaemonRecord, find_daemon
-from cachefs.units import parse_duration
+from cachefs.state import DaemonRecord, find_daemon, how_it_ended, is_held
 
-_timeout = click.option(
-    "--timeout", type=click.UNPROCESSED, metavar="TIME", help="Wait at most so long; the work goes on.",
-    callback=lambda _context, _option, text: None if text is None else parse_duration(text),
-)  # fmt: skip
+_LAST_SECONDS = 10.0  # for a process whose control socket is gone to be gone as well
+_LIST_SECONDS = 10.0  # for the list of what is left, when the user's time is over
+_POLL_SECONDS = 0.2  # how often to look whether the daemon has given up its state; its end is noticed at once
+_END_SECONDS = 5.0  # for a daemon that has done so to end
 
 
 @click.command("umount")
 @click.argument("mountpoint", metavar="MOUNTPOINT")
-@_timeout
+@timeout_option
 def command(mountpoint: str, timeout: float | None) -> int:
     """Write everything out and unmount; returns when the daemon is gone.
 
-    Exit status 1 if something could not be written: each such piece is listed.
+    Exit status 0 when all is on SOURCE, else 1: what is not is listed, and where it is kept. With --timeout, it may also return
+    while the daemon is still writing: what remains is listed, and the daemon goes on and unmounts when it is done.
     """
     if find_daemon(mountpoint) is None and mountinfo.release_if_dead(os.path.realpath(mountpoint)):
         click.echo(f"cachefs: {mountpoint} had no daemon any more: unmounted", err=True)
@@ -35,20 +37,16 @@ def command(mountpoint: str, timeout: float | None) -> int:
     record = _daemon_at(mountpoint)
     deadline = None if timeout is None else time.monotonic() + timeout
     with _process(record.pid) as process:
-        status = _ask(record, "umount", timeout)
-        _wait_until_gone(record, process, deadline)
-    return status
-
-
-@click.command("sync")
-@click.argument("mountpoint", metavar="MOUNTPOINT")
-@_timeout
-def sync_command(mountpoint: str, timeout: float | None) -> int:
-    """Write everything out and make it durable; the mount stays.
-
-    Exit status 1 if something could not be written: each such piece is listed.
-    """
-    return _ask(_daemon_at(mountpoint), "sync", timeout)
+        try:
+            answer = _ask_to_end(record, process, timeout, deadline)
+            if not _is_gone(record, process, deadline):
+                raise OutOfTime(answer.last)
+        except OutOfTime as late:
+            return _list_what_is_left(record, timeout or 0.0, late)
+    _list("not written", answer.unwritten)
+    if answer.unwritten:
+        click.echo(f"cachefs: {fate_line(answer.unwritten, answer.last)}: see {record.log}", err=True)
+    return 1 if answer.unwritten else 0
 
 
 def _daemon_at(mountpoint: str) -> DaemonRecord:
@@ -62,51 +60,34 @@ def _daemon_at(mountpoint: str) -> DaemonRecord:
     raise CachefsError(f"{mountpoint} is not a cachefs mountpoint: cachefs status lists them")
 
 
-def _ask(record: DaemonRecord, name: str, timeout: float | None) -> int:
-    """Sends the command, shows progress, and lists what could not be written; the exit status."""
-    last: Mapping[str, object] = {}
-    with _progress() as show:
-        try:
-            for last in control.request(record.socket, {"command": name}, None, timeout):
-                show(last)
-        except control.ConnectionLost as error:
-            if record.phase == STOPPING:  # it ended by itself, between our look at it and the request
-                return 0
-            raise CachefsError(f"{error}: see {record.log}") from None
-        except control.NoAnswer:
-            left = progress_line(last)
-            raise CachefsError(f"not done after {timeout:g} seconds ({left}): it goes on in the background") from None
-    unwritten = last.get("unwritten")
-    lines = [unwritten_line(piece) for piece in unwritten] if isinstance(unwritten, list) else []
-    for line in lines:
-        click.echo(f"cachefs: not written: {line}", err=True)
-    return 1 if lines else 0
-
-
-class _Progress:
-    """One line on a terminal that is written over and over; nothing elsewhere."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._shown = False
-
-    def __call__(self, message: Mapping[str, object]) -> None:
-        if self._terminal and "dirty_bytes" in message:
-            self._shown = True
-            click.echo(f"\r\x1b[K{progress_line(message)}", err=True, nl=False)
-
-    def clear(self) -> None:
-        if self._shown:
-            click.echo("\r\x1b[K", err=True, nl=False)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[_Progress]:
-    progress = _Progress()
+def _ask_to_end(record: DaemonRecord, process: int | None, timeout: float | None, deadline: float | None) -> Answer:
+    """The daemon's last words; those that it left in writing, if it was ending by itself and did not hear us."""
     try:
-        yield progress
-    finally:
-        progress.clear()
+        return ask(record, {"command": "umount"}, timeout)
+    except control.ConnectionLost as error:
+        soon = time.monotonic() + _LAST_SECONDS
+        _is_gone(record, process, soon if deadline is None else min(soon, deadline))
+        end = how_it_ended(record)
+        if end is None:
+            raise CachefsError(f"{error}: see {record.log}") from None
+        return Answer({"kept": end[1]}, end[0])
+
+
+def _list_what_is_left(record: DaemonRecord, timeout: float, late: OutOfTime) -> int:
+    """The user's time is over: what is not on SOURCE yet, and where it is meanwhile."""
+    last = late.last
+    try:
+        answer = ask(record, {"command": "dirty"}, _LIST_SECONDS)
+        _list("not written yet", answer.unwritten)
+        last = {**last, **answer.last}
+    except (CachefsError, OutOfTime):
+        pass  # it has just ended, or does not answer: the line below is all that is known
+    raise CachefsError(f"{left_line(timeout, last)}: see {record.log}")
+
+
+def _list(how: str, entries: list[dict[str, Any]]) -> None:
+    for entry in entries:
+        click.echo(f"cachefs: {how}: {unwritten_line(entry)}", err=True)
 
 
 @contextlib.contextmanager
@@ -123,11 +104,19 @@ def _process(pid: int) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def _wait_until_gone(record: DaemonRecord, process: int | None, deadline: float | None) -> None:
+def _is_gone(record: DaemonRecord, process: int | None, deadline: float | None) -> bool:
+    """Waits for the daemon to end, until `deadline` (None = for ever); whether it did, but for threads that hang."""
     if process is None:
-        return
+        return True
     waiting = select.poll()
     waiting.register(process, select.POLLIN)
-    remaining_seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
-    if not waiting.poll(None if remaining_seconds is None else remaining_seconds * 1000):
-        raise CachefsError(f"the daemon {record.pid} has not ended yet: see {record.log}")
+    given_up_at = math.inf  # when the daemon was seen to hold its state no more: it is done, but a thread of it may hang
+    while not waiting.poll(_POLL_SECONDS * 1000):
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            return False
+        given_up_at = min(given_up_at, math.inf if is_held(record.state_dir) else now)
+        if now - given_up_at >= _END_SECONDS:
+            click.echo(f"cachefs: process {record.pid} hangs in a call to SOURCE, and ends when that returns", err=True)
+            break
+    return True

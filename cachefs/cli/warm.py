@@ -5,9 +5,10 @@ from typing import Any
 import click
 
 from cachefs import control
-from cachefs.cli.listing import below, one_line
-from cachefs.cli.paths import places
+from cachefs.cli.listing import below
+from cachefs.cli.paths import by_mount
 from cachefs.cli.progress import progress
+from cachefs.entries import printable
 from cachefs.errors import UsageError
 from cachefs.units import format_size, parse_size
 
@@ -23,14 +24,14 @@ def command(paths: tuple[str, ...], span: str | None) -> int:
     """
     start, end = (0, None) if span is None else _parse_range(span)
     status = 0
-    for place in places(paths):
-        request = {"command": "warm", "paths": place.paths, "start": start, "end": end}
+    for record, inside in by_mount(paths):
+        request = {"command": "warm", "paths": inside, "start": start, "end": end}
         last: dict[str, Any] = {}
         with progress("warming") as show:
-            for last in control.request(place.record.socket, request, None):
+            for last in control.request(record.socket, request, None):
                 show(last)
         for failure in last["failed"]:
-            click.echo(f"cachefs: {one_line(below(place.record.mountpoint, failure['path']))}: {failure['error']}", err=True)
+            click.echo(f"cachefs: {printable(below(record.mountpoint, failure['path']))}: {failure['error']}", err=True)
         done, total = format_size(last["done_bytes"]), format_size(last["total_bytes"])
         if last["full"]:
             click.echo(f"cachefs: the cache has no more room: {done} of {total} are in memory", err=True)

@@ -1,4 +1,4 @@
-"""The journal's index: an LMDB file that says which page of which file lies in which slot.
+"""The journal's index: an LMDB file that says which files there are, and with `durable` which of their pages.
 
 Opened with a writable map and without sync a transaction costs a microsecond, and what it committed is in the kernel's
 pages when it returns: it survives this process, whatever ends it. It does not survive a power cut (the kernel writes
@@ -7,7 +7,7 @@ these pages in any order); the index in which fsync keeps its records is opened 
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,6 @@ from cachefs.journal.slots import JournalFull
 
 VERSION = 1
 AHEAD_BYTES = 4 << 20  # room on the disk that is reserved beyond what is in use
-CHECK_TRANSACTIONS = 128  # between looks at how much that is: each takes 8 pages at most, so AHEAD_BYTES is enough for them
 ROOM_FOR_SLOT_BYTES = 400  # of the index for each slot: a record, its share of the tree, and copies that LMDB makes
 SMALLEST_MAP_BYTES = 16 << 20
 
@@ -27,7 +26,10 @@ Row = tuple[Table, bytes, bytes]  # table, key, value
 
 
 class Index:
-    """Three tables: `meta`, `files` by id, `pages` by sequence number. Raises OSError, and JournalFull where it is full."""
+    """Three tables: `meta`, `files` by id, and `pages` by sequence number, which only the durable one uses.
+
+    Raises OSError, and JournalFull where it is full.
+    """
 
     def __init__(self, path: str, slots: int, durable: bool = False) -> None:
         map_bytes = max(SMALLEST_MAP_BYTES, slots * ROOM_FOR_SLOT_BYTES)
@@ -38,7 +40,6 @@ class Index:
                 writemap=not durable, sync=durable, metasync=durable,
             )  # fmt: skip
             self._reserved_bytes = 0
-            self._in_row = 0
             self._fd = -1 if durable else os.open(path, os.O_RDWR | os.O_CLOEXEC)
             self._map_bytes = map_bytes
             self._reserve()
@@ -46,27 +47,26 @@ class Index:
             self.files = self.env.open_db(b"files")
             self.pages = self.env.open_db(b"pages")
 
-    def commit(self, puts: Iterable[Row] = (), appends: Iterable[Row] = (), deletes: Iterable[Key] = ()) -> None:
-        """One transaction: all of it, or nothing. `appends` have keys beyond all others of their table."""
-        self._in_row += 1
-        if self._in_row >= CHECK_TRANSACTIONS:
-            self._reserve()
+    def keys_but(self, files: Container[int]) -> list[Key]:
+        """The keys of all files but these."""
+        with self.env.begin() as transaction:
+            keys = [bytes(key) for key in transaction.cursor(self.files).iternext(values=False)]
+        return [(self.files, key) for key in keys if int.from_bytes(key, "big") not in files]
+
+    def commit(self, puts: Iterable[Row] = (), deletes: Iterable[Key] = ()) -> None:
+        """One transaction: all of it, or nothing."""
+        self._reserve()
         try:
             with self.env.begin(write=True) as transaction:
-                for table, key, value in appends:
-                    transaction.put(key, value, db=table, append=True)
                 for table, key, value in puts:
                     transaction.put(key, value, db=table)
                 for table, key in deletes:
                     transaction.delete(key, db=table)
-        except lmdb.MapFullError:
-            raise JournalFull from None
         except lmdb.Error as error:
-            raise OSError(errno.EIO, f"the journal's index: {error}") from None
+            raise _as_ours(error) from None
 
     def _reserve(self) -> None:
         """Has the disk set room aside: a store into a mapped page that the disk cannot hold would kill the process."""
-        self._in_row = 0
         if self._fd < 0:
             return  # written with calls that report a full disk
         in_use_bytes = (self.env.info()["last_pgno"] + 1) * 4096
@@ -80,6 +80,12 @@ class Index:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _as_ours(error: lmdb.Error) -> Exception:
+    if isinstance(error, lmdb.MapFullError):
+        return JournalFull()
+    return OSError(errno.EIO, f"the journal's index: {error}")
 
 
 @contextmanager

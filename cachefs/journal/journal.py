@@ -1,9 +1,9 @@
 """The journal of one mount: what programs have written and the backing has not, kept where a dead daemon does not take it along.
 
 `Journal` knows files and pages, no inodes and no paths but those it is told to write down. For each file it keeps which
-of its entries has the latest bytes of each page (`cover`). An entry is a run of pages that one write put into slots; it
-goes when none of its pages is the latest any more: each was written to again, written back, or cut off. So the slots in
-use are bounded by what is unwritten, and a journal that is read anew gives exactly the unwritten pages.
+of its entries has the latest bytes of each page (`cover`). An entry is a run of pages that one write put into slots, with a
+row that says so; it goes when none of its pages is the latest any more: each was written to again, written back, or cut
+off. So the slots in use are bounded by what is unwritten, and a journal that is read anew gives exactly the unwritten pages.
 """
 
 import contextlib
@@ -14,23 +14,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from cachefs.cache.page import FIRST, PAGE_SHIFT, PAGE_SIZE
 from cachefs.journal.index import VERSION, Index, Key, Row
 from cachefs.journal.records import FileRecord, PagesRecord, checksum, pack_file, pack_pages
-from cachefs.journal.slots import JournalFull, Run, SlotFile, SlotMap
+from cachefs.journal.rows import Rows, rows_in
+from cachefs.journal.slots import JournalFull, SlotFile, SlotMap
 
-INDEX_FILE, DATA_FILE, SYNCED_FILE = "index.mdb", "data", "synced.mdb"
-DEAD_MOST = 64  # entries of a file that the index may name although they are superseded: to delete many at a time is cheap
+INDEX_FILE, ROWS_FILE, DATA_FILE, SYNCED_FILE = "index.mdb", "rows", "data", "synced.mdb"
+ONE_LIVE = (1).to_bytes(32, "little")
 key_of = struct.Struct(">Q").pack
 
 
 class Entry:
     """Pages in slots. `live` is a mask of those of which it has the latest bytes; `synced`: the durable index names it too."""
 
-    __slots__ = ("checksum", "live", "page", "run", "seq", "synced")
+    __slots__ = ("checksum", "count", "live", "page", "seq", "slot", "synced")
 
-    def __init__(self, seq: int, page: int, run: Run, data_checksum: int) -> None:
+    def __init__(self, seq: int, page: int, slot: int, count: int, data_checksum: int) -> None:
         self.seq = seq
         self.page = page
-        self.run = run
-        self.live = FIRST[run[1]]
+        self.slot = slot
+        self.count = count
+        self.live = FIRST[count]
         self.checksum = data_checksum
         self.synced = False
 
@@ -38,19 +40,18 @@ class Entry:
 class JournalFile:
     """One file with pages in the journal. Owned by `Journal`; callers read `record` and change it with `Journal.note`."""
 
-    __slots__ = ("cover", "dead", "record", "stale", "synced", "tail")
+    __slots__ = ("cover", "record", "stale", "synced", "tail")
 
     def __init__(self, record: FileRecord) -> None:
         self.record = record
         self.tail = record.tail()
         self.cover: dict[int, Entry] = {}  # {page: the entry with its latest bytes}
-        self.dead: list[Entry] = []  # superseded, and named by the index still
-        self.stale: set[Entry] = set()  # live, but of fewer pages than the index says
+        self.stale: set[Entry] = set()  # live, but of fewer pages than their rows say
         self.synced: set[Entry] = set()  # what the durable index names
 
 
 class Journal:
-    """Slots, index and what is known of both. `directory` is this mount's alone.
+    """Slots, rows, index and what is known of them. `directory` is this mount's alone.
 
     Raises JournalFull where pages have to be written back first, OSError where the disk refuses; then nothing has changed.
     """
@@ -62,23 +63,26 @@ class Journal:
         meta: Mapping[bytes, bytes],
         left: Iterable[tuple[FileRecord, Sequence[PagesRecord]]] = (),
     ) -> None:
-        """`left`: what a predecessor left, with which `files` begins. The old index is replaced by a new one, or stays."""
+        """`left`: what a predecessor left, with which `files` begins; whatever else there is, is forgotten."""
         self.directory = directory
         self.slots = SlotMap(size_bytes // PAGE_SIZE)
-        self.data = SlotFile(os.path.join(directory, DATA_FILE))
+        self.data = SlotFile(os.path.join(directory, DATA_FILE), self.slots.count)
+        self.rows = Rows(os.path.join(directory, ROWS_FILE), self.slots.count)
         self.files: dict[int, JournalFile] = {}
         self.seq = 0  # of the last record
         self._last_file = 0
         self._undeleted: list[Key] = []  # rows that the index was to lose when it could not be written
-        path = os.path.join(directory, INDEX_FILE)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + ".new")
-        self.index = Index(path + ".new", self.slots.count)
-        self.index.commit([(self.index.meta, b"version", str(VERSION).encode())])
-        self.index.commit([(self.index.meta, key, value) for key, value in meta.items()])
+        self.index = Index(os.path.join(directory, INDEX_FILE), self.slots.count)
         for record, pages in left:
-            self.index.commit(self._adopt(record, pages))
-        os.rename(path + ".new", path)
+            self._adopt(record, pages)
+        known = {entry.slot for file in self.files.values() for entry in file.cover.values()}
+        for row in rows_in(os.path.join(directory, ROWS_FILE)):
+            if row.slot not in known:
+                self.rows.clear(row.slot)
+            self.seq = max(self.seq, row.seq)
+        puts = [row for file in self.files.values() for row in self._file_row(file)]
+        puts += [(self.index.meta, key, value) for key, value in {b"version": str(VERSION).encode(), **meta}.items()]
+        self.index.commit(puts, self.index.keys_but(self.files))
 
     # --- writing down ------------------------------------------------------------------------------------------------
 
@@ -89,33 +93,64 @@ class Journal:
         return JournalFile(record)
 
     def put(self, file: JournalFile, page: int, data: memoryview) -> None:
-        """Writes down pages from `page` on, whole ones, 256 at most, and the file's record. They survive us from then on."""
-        if len(file.dead) >= DEAD_MOST:
-            self._delete(self._dead_rows(file))
-            file.dead.clear()
+        """Writes down whole pages from `page` on, 256 at most, with the file's size and time. They survive us from then on."""
+        if len(data) == PAGE_SIZE and file.cover:
+            self._put_one(file, page, data)
+            return
         runs = self.slots.take(len(data) >> PAGE_SHIFT)
         try:
+            self._reserve(max(slot + count for slot, count in runs))
             self.data.write(runs, data)
-            entries = self._entries(page, runs, data)
-            file.record.seq = self.seq
-            self.index.commit(self._file_row(file), [self._row(file, entry) for entry in entries])
+            if not file.cover:  # not before: a record without pages would be taken for a truncate that has to be completed
+                self._begin(file)
         except BaseException:
-            for run in runs:
-                self.slots.give(run)
+            for slot, count in runs:
+                self.slots.give((slot, count))
             raise
-        for entry in entries:
+        at = 0
+        for slot, count in runs:
+            stop = at + (count << PAGE_SHIFT)
+            self.seq += 1
+            entry = Entry(self.seq, page + (at >> PAGE_SHIFT), slot, count, checksum(data[at:stop]))
+            self.rows.set(slot, self._row(file, entry))
             self._supersede(file, entry)
+            at = stop
+
+    def _put_one(self, file: JournalFile, page: int, data: memoryview) -> None:
+        """`put` of one page of a file that has some: most writes, so without a call that can be spared."""
+        slot = self.slots.take_one()
+        if slot >= self.data.reserved:
+            try:
+                self._reserve(slot + 1)
+            except BaseException:
+                self.slots.give_one(slot)
+                raise
+        self.data.write_one(slot, data)
+        self.seq = seq = self.seq + 1
+        digest, record, cover = checksum(data), file.record, file.cover
+        self.rows.set(
+            slot, pack_pages(seq, record.file, page, slot, 1, digest, record.size, record.mtime_ns, ONE_LIVE)
+        )
+        old = cover.get(page)
+        cover[page] = Entry(seq, page, slot, 1, digest)
+        if old is not None:
+            self._lose(file, old, page)
+
+    def _begin(self, file: JournalFile) -> None:
+        self.seq += 1
+        file.record.seq = self.seq
+        self.index.commit(self._file_row(file))
         self.files[file.record.file] = file
 
-    def _entries(self, page: int, runs: list[Run], data: memoryview) -> list[Entry]:
-        entries = []
-        at = 0
-        for run in runs:
-            self.seq += 1
-            stop = at + (run[1] << PAGE_SHIFT)
-            entries.append(Entry(self.seq, page + (at >> PAGE_SHIFT), run, checksum(data[at:stop])))
-            at = stop
-        return entries
+    def _reserve(self, slots: int) -> None:
+        if slots > self.data.reserved:
+            self.rows.reserve(self.data.reserve(slots))
+
+    def _row(self, file: JournalFile, entry: Entry) -> bytes:
+        record, live = file.record, entry.live.to_bytes(32, "little")
+        return pack_pages(
+            entry.seq, record.file, entry.page, entry.slot, entry.count, entry.checksum, record.size, record.mtime_ns, live
+        )
 
     def _file_row(self, file: JournalFile) -> list[Row]:
         return [(self.index.files, key_of(file.record.file), pack_file(file.record, file.tail))]
@@ -123,46 +158,31 @@ class Journal:
     def _supersede(self, file: JournalFile, entry: Entry) -> None:
         """`entry` has the latest bytes of its pages from now on."""
         cover = file.cover
-        for page in range(entry.page, entry.page + entry.run[1]):
+        for page in range(entry.page, entry.page + entry.count):
             old = cover.get(page)
             cover[page] = entry
             if old is not None:
                 self._lose(file, old, page)
 
-    def unsync(self, file: JournalFile, entries: Iterable[Entry]) -> None:
-        """The durable index does not name these any more."""
-        for entry in entries:
-            entry.synced = False
-            file.synced.discard(entry)
-            if not entry.live:
-                self.slots.give(entry.run)
-
     def _lose(self, file: JournalFile, entry: Entry, page: int) -> None:
         """The entry does not have the latest bytes of this page any more.
 
-        A newer entry has, and says so by its number; once that one goes, `remove` has to bring the rows of older ones up to date.
+        A newer entry has, and says so by its number; before that one goes, `remove` refreshes the rows of older ones.
         """
-        entry.live &= ~(1 << (page - entry.page))
-        if entry.live:
-            file.stale.add(entry)
+        if entry.count > 1:
+            entry.live &= ~(1 << (page - entry.page))
+            if entry.live:
+                file.stale.add(entry)
+                return
+            file.stale.discard(entry)
+        entry.live = 0
+        self.rows.clear(entry.slot)
+        if entry.synced:
             return
-        file.stale.discard(entry)
-        file.dead.append(entry)
-        if not entry.synced:
-            self.slots.give(entry.run)
-
-    def _delete(self, rows: list[Key], puts: Iterable[Row] = ()) -> None:
-        """Removes rows from the index, those first that could not be removed the last time."""
-        rows = self._undeleted + rows
-        try:
-            self.index.commit(puts, deletes=rows)
-            self._undeleted = []
-        except BaseException:
-            self._undeleted = rows
-            raise
-
-    def _dead_rows(self, file: JournalFile) -> list[Key]:
-        return [(self.index.pages, key_of(entry.seq)) for entry in file.dead]
+        if entry.count == 1:
+            self.slots.give_one(entry.slot)
+        else:
+            self.slots.give((entry.slot, entry.count))
 
     def note(self, file: JournalFile) -> None:
         """Writes down the file's record, which the caller has changed; nothing for a file without pages here."""
@@ -177,48 +197,73 @@ class Journal:
     def remove(self, file: JournalFile, pages: Iterable[int], last_seq: int, keep: bool = False) -> None:
         """The backing has these pages as they were when `last_seq` was the last record. With its last page the file goes.
 
-        With `keep` its record stays until a `remove` without.
+        With `keep` its record stays until a `remove` without. The record is written first: what it says of size and
+        signature holds whether the rows are gone or not.
         """
         cover = file.cover
-        gone = [page for page in pages if (entry := cover.get(page)) is not None and entry.seq <= last_seq]
-        for page in gone:
-            self._lose(file, cover.pop(page), page)
-        rows = self._dead_rows(file)
-        file.dead.clear()
-        if cover or keep:
-            self.seq += 1
-            file.record.seq = self.seq
-            self._delete(rows, [*self._file_row(file), *(self._row(file, entry) for entry in file.stale)])
-            file.stale.clear()
-        else:
+        self.seq += 1
+        file.record.seq = self.seq
+        try:
+            self._delete([], self._file_row(file))
+        finally:  # a record that could not be written costs a comparison with an old signature, no more
+            self._refresh(file)
+            for page in pages:
+                entry_of_page = cover.get(page)
+                if entry_of_page is not None and entry_of_page.seq <= last_seq:
+                    del cover[page]
+                    self._lose(file, entry_of_page, page)
+            self._refresh(file)
+        if not cover and not keep:
             self.files.pop(file.record.file, None)
-            self._delete([*rows, (self.index.files, key_of(file.record.file))])
+            self._delete([(self.index.files, key_of(file.record.file))])
+
+    def _refresh(self, file: JournalFile) -> None:
+        """Has the rows of older entries say what is left of them."""
+        for entry in file.stale:
+            self.rows.set_live(entry.slot, entry.live)
+        file.stale.clear()
+
+    def _delete(self, rows: list[Key], puts: Iterable[Row] = ()) -> None:
+        """Removes rows from the index, those first that could not be removed the last time."""
+        rows = self._undeleted + rows
+        try:
+            self.index.commit(puts, deletes=rows)
+            self._undeleted = []
+        except BaseException:
+            self._undeleted = rows
+            raise
+
+    def unsync(self, file: JournalFile, entries: Iterable[Entry]) -> None:
+        """The durable index does not name these any more."""
+        for entry in entries:
+            entry.synced = False
+            file.synced.discard(entry)
+            if not entry.live:
+                self.slots.give((entry.slot, entry.count))
 
     # --- what a predecessor left ---------------------------------------------------------------------------------------
 
-    def _adopt(self, record: FileRecord, pages: Iterable[PagesRecord]) -> list[Row]:
-        """Takes in what was found of a file: of two entries for a page the later counts. Returns the rows of those that do."""
+    def _adopt(self, record: FileRecord, pages: Iterable[PagesRecord]) -> None:
+        """Takes in what was found of a file: of two rows for a page the later counts."""
         file = JournalFile(record)
-        self._last_file += 1
-        record.file = self._last_file
+        owners: dict[int, int] = {}  # {slot: the file that its row names}
         for found in sorted(pages, key=lambda found: found.seq):
-            self.seq += 1
-            entry = Entry(self.seq, found.page, (found.slot, found.count), found.checksum)
+            entry = Entry(found.seq, found.page, found.slot, found.count, found.checksum)
             entry.live = 0
+            owners[found.slot] = found.file
             file.cover.update(dict.fromkeys(found.pages, entry))
-        live = sorted(set(file.cover.values()), key=lambda entry: entry.seq)
+            self.seq = max(self.seq, found.seq)
         for page, entry in file.cover.items():
             entry.live |= 1 << (page - entry.page)
-        for entry in live:
-            self.slots.claim(entry.run)
-        record.seq = self.seq
+        for entry in set(file.cover.values()):
+            self.slots.claim((entry.slot, entry.count))
+            if owners[entry.slot] == record.file:
+                self.rows.set_live(entry.slot, entry.live)
+            else:
+                self.rows.set(entry.slot, self._row(file, entry))
+        self.seq = max(self.seq, record.seq)
+        self._last_file = max(self._last_file, record.file)
         self.files[record.file] = file
-        return [*(self._row(file, entry) for entry in live), *self._file_row(file)]
-
-    def _row(self, file: JournalFile, entry: Entry) -> Row:
-        slot, count = entry.run
-        packed = pack_pages(entry.seq, file.record.file, entry.page, slot, count, entry.checksum, entry.live)
-        return self.index.pages, key_of(entry.seq), packed
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -230,23 +275,23 @@ class Journal:
         """Closes the files, and removes them where nothing is in them that is not on the backing, unless they are `needed`."""
         empty = not self.files and not needed
         self.index.close()
+        self.rows.close()
         self.data.close()
         if empty:
-            for name in (INDEX_FILE, DATA_FILE, SYNCED_FILE):
-                path = os.path.join(self.directory, name)
-                if os.path.exists(path):
-                    os.unlink(path)
+            for name in (INDEX_FILE, ROWS_FILE, DATA_FILE, SYNCED_FILE):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self.directory, name))
 
     def check(self) -> None:
-        """Asserts that covers, counts and slots agree."""
+        """Asserts that covers, masks and slots agree."""
         self.slots.check()
         taken = 0
         for file in self.files.values():
             entries = set(file.cover.values())
             for entry in entries:
-                live = [page for page in range(entry.page, entry.page + entry.run[1]) if file.cover.get(page) is entry]
+                live = [page for page in range(entry.page, entry.page + entry.count) if file.cover.get(page) is entry]
                 assert entry.live == sum(1 << (page - entry.page) for page in live), "live pages miscounted"
-            taken += sum(entry.run[1] for entry in entries | file.synced)
+            taken += sum(entry.count for entry in entries | file.synced)
         assert taken <= self.slots.used, "slots that nobody took"
 
 

@@ -16,6 +16,7 @@ import lmdb
 
 from cachefs.journal.index import VERSION
 from cachefs.journal.records import BadRecord, FileRecord, PagesRecord, records_in, unpack_file, unpack_pages
+from cachefs.journal.rows import rows_in
 
 READ_BYTES = 1 << 20
 
@@ -37,6 +38,12 @@ class Found:
         except ValueError:
             return VERSION
 
+    def followed(self) -> "Found":
+        """The same, the files with the sizes and times of their latest records."""
+        for number, record in self.files.items():
+            record.follow(self.pages.get(number, []))
+        return self
+
     def add(self, record: FileRecord | PagesRecord) -> None:
         if isinstance(record, PagesRecord):
             self.pages.setdefault(record.file, []).append(record)
@@ -44,8 +51,19 @@ class Found:
             self.files[record.file] = record
 
 
-def load(path: str) -> Found | None:
-    """What the index at `path` says; None where there is none. To be called before there are threads: it forks."""
+def load(path: str, rows: str | None = None) -> Found | None:
+    """What the index at `path` says, and the table of rows beside it; None where there is none.
+
+    To be called before there are threads: it forks.
+    """
+    found = _load(path)
+    if found is not None and rows is not None:
+        for row in rows_in(rows):
+            found.add(row)
+    return found.followed() if found is not None else None
+
+
+def _load(path: str) -> Found | None:
     try:
         if not os.stat(path).st_size:
             return None

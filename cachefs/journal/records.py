@@ -5,17 +5,18 @@ searched for records without being understood. Numbers are little-endian, paths 
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import xxhash
 
 FILE_MARK, PAGES_MARK = b"cfF1", b"cfP1"
-_PAGES = struct.Struct("<4sQQQQIQ32s")
-_FILE = struct.Struct("<4sQQQQQqqQqBBH")
+_PAGES = struct.Struct("<4sIQQQQQQq")
+_FILE = struct.Struct("<4sQQQQQqqQqBBBH")
 _CHECKSUM = struct.Struct("<Q")
 _LENGTH = struct.Struct("<H")
-PAGES_BYTES = _PAGES.size + _CHECKSUM.size
+PAGES_LIVE = _PAGES.size + _CHECKSUM.size  # where the mask of pages that count lies: it changes, so it has no checksum
+PAGES_BYTES = PAGES_LIVE + 32
 PATHS_MAX = 8  # of the names of a file with many hard links
 
 checksum = xxhash.xxh3_64_intdigest  # 30 us a MiB, where zlib.crc32 takes 250
@@ -35,6 +36,8 @@ class PagesRecord:
     slot: int
     count: int
     checksum: int  # of the bytes in the slots
+    size: int  # of the file when they were written, as programs see it
+    mtime_ns: int
     live: int  # bit i: page + i counts; the others have been written back since, or cut off
 
     @property
@@ -43,14 +46,17 @@ class PagesRecord:
         return [self.page + i for i in range(self.count) if self.live >> i & 1]
 
     def pack(self) -> bytes:
-        return pack_pages(self.seq, self.file, self.page, self.slot, self.count, self.checksum, self.live)
+        live = self.live.to_bytes(32, "little")
+        return pack_pages(
+            self.seq, self.file, self.page, self.slot, self.count, self.checksum, self.size, self.mtime_ns, live
+        )
 
 
 @dataclass(slots=True)
 class FileRecord:
     """What is known of a file with pages in the journal: which one it is, where it was, and how it looks to programs.
 
-    Changes with each write, so it is packed from a `tail()` made before.
+    Size and mtime are those of the latest record: each `PagesRecord` has them too, so that a write needs but one record.
     """
 
     file: int
@@ -61,8 +67,15 @@ class FileRecord:
     mtime_ns: int
     signature: tuple[int, int, int]  # of the backing's file when we last looked: mtime, size, ctime
     writing: bool  # writeback of it is under way, so the backing's file may have any signature by now
+    cutting: bool  # a truncate to `size`, or a change of times, is under way: the backing's file may have any size and time
     handle: bytes  # name for open_by_handle_at, empty where the backing gives none
     paths: tuple[bytes, ...]
+
+    def follow(self, pages: Iterable["PagesRecord"]) -> None:
+        """Takes size and mtime from the latest record, if that is one of `pages`."""
+        latest = max(pages, key=lambda found: found.seq, default=None)
+        if latest is not None and latest.seq > self.seq:
+            self.seq, self.size, self.mtime_ns = latest.seq, latest.size, latest.mtime_ns
 
     def pack(self) -> bytes:
         return pack_file(self, self.tail())
@@ -75,10 +88,12 @@ class FileRecord:
         return b"".join(parts)
 
 
-def pack_pages(seq: int, file: int, page: int, slot: int, count: int, data_checksum: int, live: int) -> bytes:
+def pack_pages(
+    seq: int, file: int, page: int, slot: int, count: int, data_checksum: int, size: int, mtime_ns: int, live: bytes
+) -> bytes:
     """A `PagesRecord` as bytes."""
-    head = _PAGES.pack(PAGES_MARK, seq, file, page, slot, count, data_checksum, live.to_bytes(32, "little"))
-    return head + _CHECKSUM.pack(checksum(head))
+    head = _PAGES.pack(PAGES_MARK, count, seq, file, page, slot, data_checksum, size, mtime_ns)
+    return head + _CHECKSUM.pack(checksum(head)) + live
 
 
 def unpack_pages(data: bytes) -> PagesRecord:
@@ -87,8 +102,9 @@ def unpack_pages(data: bytes) -> PagesRecord:
         raise BadRecord("no record of pages")
     if checksum(data[: _PAGES.size]) != _CHECKSUM.unpack_from(data, _PAGES.size)[0]:
         raise BadRecord("a damaged record of pages")
-    _, seq, file, page, slot, count, data_checksum, live = _PAGES.unpack_from(data)
-    return PagesRecord(seq, file, page, slot, count, data_checksum, int.from_bytes(live, "little"))
+    _, count, seq, file, page, slot, data_checksum, size, mtime_ns = _PAGES.unpack_from(data)
+    live = int.from_bytes(data[PAGES_LIVE:PAGES_BYTES], "little")
+    return PagesRecord(seq, file, page, slot, count, data_checksum, size, mtime_ns, live)
 
 
 def pack_file(record: FileRecord, tail: bytes) -> bytes:
@@ -96,7 +112,7 @@ def pack_file(record: FileRecord, tail: bytes) -> bytes:
     mtime_ns, size, ctime_ns = record.signature
     head = _FILE.pack(
         FILE_MARK, record.file, record.seq, record.device, record.number, record.size, record.mtime_ns,
-        mtime_ns, size, ctime_ns, record.writing, min(len(record.paths), PATHS_MAX), len(record.handle),
+        mtime_ns, size, ctime_ns, record.writing, record.cutting, min(len(record.paths), PATHS_MAX), len(record.handle),
     )  # fmt: skip
     body = head + tail
     return body + _CHECKSUM.pack(checksum(body))
@@ -106,7 +122,7 @@ def unpack_file(data: bytes) -> FileRecord:
     """The record at the start of `data`; BadRecord where none is."""
     if len(data) < _FILE.size or data[:4] != FILE_MARK:
         raise BadRecord("no record of a file")
-    _, file, seq, device, number, size, mtime_ns, *signature, writing, count, handle_bytes = _FILE.unpack_from(data)
+    _, file, seq, device, number, size, mtime_ns, *signature, writing, cutting, count, handle_bytes = _FILE.unpack_from(data)
     paths, at = [], _FILE.size + handle_bytes
     try:
         for _ in range(count):
@@ -120,7 +136,7 @@ def unpack_file(data: bytes) -> FileRecord:
         raise BadRecord("a damaged record of a file")
     handle = bytes(data[_FILE.size : _FILE.size + handle_bytes])
     a, b, c = signature
-    return FileRecord(file, seq, device, number, size, mtime_ns, (a, b, c), bool(writing), handle, tuple(paths))
+    return FileRecord(file, seq, device, number, size, mtime_ns, (a, b, c), bool(writing), bool(cutting), handle, tuple(paths))
 
 
 def records_in(data: bytes) -> Iterator[FileRecord | PagesRecord]:

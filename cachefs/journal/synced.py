@@ -47,7 +47,10 @@ class Synced:
 
 def rows_of(file: JournalFile) -> list[PagesRecord]:
     """What the index is to have of a file now."""
+    record = file.record
     return [
-        PagesRecord(entry.seq, file.record.file, entry.page, entry.run[0], entry.run[1], entry.checksum, entry.live)
+        PagesRecord(
+            entry.seq, record.file, entry.page, entry.slot, entry.count, entry.checksum, record.size, record.mtime_ns, entry.live
+        )
         for entry in set(file.cover.values())
     ]

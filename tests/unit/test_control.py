@@ -239,7 +239,7 @@ def test_clients_beyond_the_limit_are_told_so(tmp_path: Path, monkeypatch: pytes
 
 
 def test_another_user_gets_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controlserver, "_peer_uid", lambda client: 4711)
+    monkeypatch.setattr(controlserver, "peer_uid", lambda client: 4711)
     monkeypatch.setattr(os, "geteuid", lambda: 4712)
 
     async def client() -> None:

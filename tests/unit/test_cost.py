@@ -35,7 +35,7 @@ def test_a_scrape_of_a_million_pages_costs_under_20_ms(tmp_path: Path) -> None:
     async def run() -> None:
         async with trio.open_nursery() as nursery:
             config = make_config(str(source), str(tmp_path / "mnt"), {"cache_size": "8G"}, memory_bytes=64 << 30)
-            stack = Stack(config, DirectoryBacking(source), nursery, lambda inode: None)
+            stack = Stack(config, DirectoryBacking(source), nursery, lambda inode: None, lambda parent, name: None)
             await fill(stack, names)
             assert stack.cache.resident_pages >= 1_000_000
             seconds = []

@@ -27,7 +27,7 @@ def hinting(top: Path, test: Callable[[World, Hints], Awaitable[None]], rules: s
             world = World(nursery, top, **options)  # type: ignore[arg-type]
             pins = Pins(world.fs, None)
             hints = Hints(world.files, pins, parse_rules(rules), nursery, world.changed.append)
-            world.fs.hints, world.files.opened = hints, hints.opened
+            world.fs.hints, world.files.advise = hints, hints.opened
             nursery.start_soon(pins.run)
             await test(world, hints)
             world.check()

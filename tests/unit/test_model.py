@@ -61,7 +61,8 @@ looks = st.tuples(
 )  # fmt: skip
 alone = st.tuples(
     st.sampled_from((
-        "unlink", "reopen", "change", "drop", "pressure", "pause", "fault", "fault", "stream", "pin", "advise", "policy",
+        "unlink", "reopen", "change", "drop", "discard", "pressure", "pause", "fault", "fault", "stream",
+        "pin", "advise", "policy",
     )),
     files, st.just((0, 0, 0)), numbers,
 )  # fmt: skip
@@ -236,6 +237,11 @@ class Harness:
                 readahead.most_pages = (0, 2, 1000)[number % 3]
             case "policy":
                 wishes.use_policy(world.cache, make(sorted(POLICIES)[number % len(POLICIES)], self.setting.pages))
+            case "discard":
+                file = tracked.inode.file
+                if await world.files.discard_unwritten(tracked.inode) and file is not None:
+                    # The backing could not be looked at if the size is another one.
+                    tracked.model[:] = os.pread(tracked.fd, file.size, 0).ljust(file.size, b"\0")
             case "pressure":
                 for other in self.tracked:
                     await self.read(other, number % 8 * PAGE_SIZE, 64 * PAGE_SIZE)
@@ -372,6 +378,7 @@ class Harness:
         assert await self.world.writeback.flush_all() == []
         self.check()
         assert not self.world.writeback.unwritten_pages
+        assert not self.world.files.conflicts.total, "others changed files only while nothing of ours was unwritten"
         for tracked in self.tracked:
             size = os.fstat(tracked.fd).st_size
             assert os.pread(tracked.fd, size + 1, 0) == tracked.model

@@ -10,14 +10,14 @@ import pytest
 import trio
 
 from cachefs.inode import Inode
-from cachefs.names import paths_of, reached
+from cachefs.names import files_below, paths_of
 from world import CALLER, World
 
 
-def with_world(top: Path, test: Callable[[World], Awaitable[None]]) -> None:
+def with_world(top: Path, test: Callable[[World], Awaitable[None]], **options: object) -> None:
     async def run() -> None:
         async with trio.open_nursery() as nursery:
-            world = World(nursery, top)
+            world = World(nursery, top, **options)  # type: ignore[arg-type]
             await test(world)
             world.check()
             await world.shut()
@@ -27,7 +27,7 @@ def with_world(top: Path, test: Callable[[World], Awaitable[None]]) -> None:
 
 
 def paths(world: World, inode: Inode) -> list[bytes]:
-    return paths_of(inode, world.table.root, {})
+    return paths_of(inode, world.table, {})
 
 
 async def make_tree(world: World) -> tuple[Inode, Inode, Inode]:
@@ -75,31 +75,32 @@ def test_trees_may_be_deeper_than_python_recurses(tmp_path: Path) -> None:
         inode = world.table.root
         for i in range(1500):
             above, inode = inode, Inode(i + 2, world.table.root.st)
-            world.table.name(inode, above, b"d")
-        assert paths(world, inode) == [b"/".join([b"d"] * 1500)]
-        world.table.root.children = 0
+            inode.names[above, b"d"] = None
+        world.table.name(inode, above, b"file")
+        assert paths(world, inode) == [b"/".join([b"d"] * 1499) + b"/file"]
+        world.table.unname(inode, above, b"file")
 
     with_world(tmp_path, test)
 
 
-def test_a_path_is_reached_and_nothing_stays_known_afterwards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("blocking", [False, True])
+def test_files_below_a_path_are_the_regular_ones_and_none_stays_known(tmp_path: Path, blocking: bool) -> None:
     (tmp_path / "x" / "y").mkdir(parents=True)
     (tmp_path / "x" / "y" / "file").write_text("there")
+    (tmp_path / "x" / "b\udcff").write_text("")
     (tmp_path / "x" / "link").symlink_to("y")
+    os.mkfifo(tmp_path / "x" / "fifo")
 
     async def test(world: World) -> None:
-        async with reached(world.fs, b"x/y/file") as inode:
-            assert inode.st.st_size == 5 and paths(world, inode) == [b"x/y/file"]
-            assert len(world.table) == 4
-        assert len(world.table) == 1
-        async with reached(world.fs, b"") as inode:
-            assert inode is world.table.root
+        assert await files_below(world.fs, b"x") == {b"x/b\xff": 0, b"x/y/file": 5}
+        assert await files_below(world.fs, b"x/y/file") == {b"x/y/file": 5}
+        assert list(await files_below(world.fs, b"")) == [b"x/b\xff", b"x/y/file"]
+        assert await files_below(world.fs, b"x/fifo") == {} == await files_below(world.fs, b"x/link")
         for path, error in (
             (b"x/none", FileNotFoundError), (b"x/y/file/z", NotADirectoryError), (b"x/link/file", NotADirectoryError),
         ):  # fmt: skip
             with pytest.raises(error):
-                async with reached(world.fs, path):
-                    pass
+                await files_below(world.fs, path)
         assert len(world.table) == 1
 
-    with_world(tmp_path, test)
+    with_world(tmp_path, test, blocking=blocking)

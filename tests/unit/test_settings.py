@@ -87,7 +87,8 @@ def in_stack(tmp_path: Path, test: Callable[[Stack, Settings, list[Config]], Awa
         seen: list[Config] = []
         async with trio.open_nursery() as nursery:
             settings = make_config(str(source), str(tmp_path / "mnt"), {"cache_size": "1M", "metrics": "off"})
-            stack = Stack(settings, FaultyBacking(DirectoryBacking(source)), nursery, lambda inode: None)
+            backing = FaultyBacking(DirectoryBacking(source))
+            stack = Stack(settings, backing, nursery, lambda inode: None, lambda parent, name: None)
             nursery.start_soon(stack.writeback.run)
             nursery.start_soon(stack.pins.run)
             await test(stack, Settings(stack, seen.append), seen)

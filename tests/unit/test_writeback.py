@@ -312,10 +312,12 @@ async def test_flush_all_writes_all_and_returns_the_failed() -> None:
         for number, (inode, store) in enumerate(files):
             it.write(inode, 0, bytes([number]) * 3 * P)
             store.fail_from = 0 if number in (3, 7) else None
-        left: list[int] = []
-        failed = await it.writeback.flush_all(left.append)
+        some = [inode for inode, _ in files[:5]]
+        assert await it.writeback.flush_all(some) == [files[3][0]]
+        assert [bool(store.data) for _, store in files] == [True] * 3 + [False, True] + [False] * 5
+        failed = await it.writeback.flush_all()
         assert {id(inode) for inode in failed} == {id(files[3][0]), id(files[7][0])}
-        assert left[-1] == it.writeback.unwritten_pages * P == 6 * P
+        assert it.writeback.unwritten_pages == 6
         assert all(len(store.data) == 3 * P for number, (_, store) in enumerate(files) if number not in (3, 7))
 
 

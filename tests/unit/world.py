@@ -22,10 +22,12 @@ from cachefs.descriptors import Descriptors
 from cachefs.files import Files
 from cachefs.fs import Caller, FileSystem
 from cachefs.inode import Inode, InodeTable
-from cachefs.journal.journal import Journal
+from cachefs.journal.journal import ROWS_FILE, Journal
 from cachefs.journal.load import read
 from cachefs.journal.records import FileRecord, PagesRecord, checksum
+from cachefs.journal.rows import rows_in
 from cachefs.keeper import Keeper
+from cachefs.tasks import Spawner
 from cachefs.writeback import Writeback
 
 T = TypeVar("T")
@@ -36,8 +38,8 @@ CALLER = Caller(os.geteuid(), os.getegid(), 0o022)
 class SteppedIO(BackingIO):
     """Calls to the backing that take a random number of turns of the event loop instead of a thread: same seed, same order."""
 
-    def __init__(self, backing: FaultyBacking, seed: int) -> None:
-        super().__init__(backing)
+    def __init__(self, backing: FaultyBacking, seed: int, tasks: Spawner) -> None:
+        super().__init__(backing, tasks)
         self.random = random.Random(seed)
 
     async def in_thread(self, op: str, function: Callable[..., T], *args: object) -> T:
@@ -76,10 +78,11 @@ class World:
         ttl_seconds: float = 1.0,
         seed: int | None = None,
         journal: Path | None = None,
+        timeout_seconds: float = 30.0,
     ) -> None:
         self.top = top
         self.backing = FaultyBacking(DirectoryBacking(top, blocking=blocking))
-        self.io = BackingIO(self.backing) if seed is None else SteppedIO(self.backing, seed)
+        self.io = BackingIO(self.backing, nursery, timeout_seconds) if seed is None else SteppedIO(self.backing, seed, nursery)
         root_fd = self.backing.open_root()
         self.table = InodeTable(self.backing.fstat(root_fd))
         self.descriptors = Descriptors(self.io, self.table, root_fd, 64)
@@ -97,12 +100,14 @@ class World:
             expire_seconds=expire_seconds,
             interval_seconds=interval_seconds,
             settled=self._settled,
+            watchdog=self.io.watchdog,
         )
         self.changed: list[Inode] = []  # files that turned out to be changed underneath
-        self.filler = Filler(self.cache, nursery, self.writeback.need_room)
+        self.gone: list[tuple[Inode, bytes]] = []  # names that turned out to mean something else
+        self.filler = Filler(self.cache, nursery, self.writeback.need_room, self.io.watchdog)
         self.files = Files(
             self.io, self.descriptors, self.cache, self.filler, self.writeback, self.keeper,
-            readahead_pages * PAGE_SIZE, ttl_seconds, self.changed.append,
+            readahead_pages * PAGE_SIZE, ttl_seconds, self.changed.append, lambda *place: self.gone.append(place),
         )  # fmt: skip
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
 
@@ -180,6 +185,9 @@ class Leftovers:
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self.found = read(journal.index.env)
+        for row in rows_in(os.path.join(journal.directory, ROWS_FILE)):
+            self.found.add(row)
+        self.found.followed()
         assert not self.found.problems
 
     def content(self, inode: Inode, fd: int) -> bytes:
@@ -187,7 +195,7 @@ class Leftovers:
         size = os.fstat(fd).st_size
         data = bytearray(os.pread(fd, size, 0))
         for record in self.found.files.values():
-            if record.number == inode.key[1]:
+            if record.number == inode.key[1] and (self.found.pages.get(record.file) or record.cutting):
                 data = self._replayed(data, record)
         return bytes(data)
 

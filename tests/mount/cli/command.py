@@ -103,7 +103,7 @@ class Command:
         """A program that goes on; killed at the end of the test if it is still there."""
         environment = {**self.environment, **more.pop("env", {})}
         process = subprocess.Popen(
-            words, env=environment, cwd=self.base, text=True, stdin=subprocess.DEVNULL,
+            words, env=environment, cwd=self.base, text=True, stdin=more.pop("stdin", subprocess.DEVNULL),
             stdout=more.pop("stdout", subprocess.PIPE), stderr=more.pop("stderr", subprocess.PIPE), **more,
         )  # fmt: skip
         self.processes.append(process)

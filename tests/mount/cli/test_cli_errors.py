@@ -100,10 +100,19 @@ def test_other_commands_that_make_no_sense(cachefs: Command, words: str) -> None
     one_line(cachefs.run(*words.split(), timeout=PATIENCE_SECONDS), 2)
 
 
-@pytest.mark.parametrize("name", ["umount", "sync", "status"])
-def test_a_path_that_is_no_mountpoint(cachefs: Command, name: str) -> None:
-    for path in (cachefs.path, cachefs.base / "missing"):
-        assert f"{path} is not a cachefs mountpoint" in one_line(cachefs.run(name, path, timeout=PATIENCE_SECONDS), 1)
+NO_MOUNTPOINT, NO_MOUNT = "is not a cachefs mountpoint", "is not on a cachefs mount"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("umount", NO_MOUNTPOINT), ("status", NO_MOUNTPOINT), ("sync", NO_MOUNT), ("status --dirty", NO_MOUNT),
+        ("discard --yes", NO_MOUNT),
+    ],
+)  # fmt: skip
+def test_a_path_that_is_no_mountpoint(cachefs: Command, name: str, says: str) -> None:
+    for path in (cachefs.path, cachefs.base / "missing", cachefs.source / "below"):
+        assert f"{path} {says}" in one_line(cachefs.run(*name.split(), path, timeout=PATIENCE_SECONDS), 1)
 
 
 def test_a_mountpoint_that_is_a_cachefs_already(cachefs: Command) -> None:

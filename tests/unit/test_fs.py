@@ -1,0 +1,222 @@
+"""Names and attributes over a backing that fails after it has done what was asked, and in which others move things about."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from backing.base import RENAME_EXCHANGE
+from cachefs.fs import Caller, Changes
+from cachefs.inode import Inode, patched
+from world import World
+
+BLIND: list[dict[str, object]] = [{"op": "fstat", "errno": "EIO"}]  # no look at an open inode's attributes works
+both = pytest.mark.parametrize("blocking", [False, True])
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+Step = Callable[[World, Inode], Awaitable[object]]
+SOMEBODY = Caller(4711, 4712, 0o022)
+
+
+def over(top: Path, test: Callable[[World], Awaitable[None]], blocking: bool) -> None:
+    """Runs a test in a world over `top`."""
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world = World(nursery, top, blocking=blocking)
+            await test(world)
+            world.check()
+            world.backing.set_plan([])
+            await world.shut()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_patched_attributes_differ_in_nothing_else(tmp_path: Path) -> None:
+    st = os.stat(tmp_path)
+    other = patched(st, st_nlink=77, st_mtime_ns=5)
+    assert (other.st_nlink, other.st_mtime_ns) == (77, 5)
+    names = [name for name in dir(st) if name.startswith("st_") and name not in ("st_nlink", "st_mtime", "st_mtime_ns")]
+    assert {name: getattr(other, name) for name in names if name.endswith("_ns") or name[3] not in "amc"} == {
+        name: getattr(st, name) for name in names if name.endswith("_ns") or name[3] not in "amc"
+    }
+    assert (other.st_mode, other.st_ctime_ns) == (st.st_mode, st.st_ctime_ns)
+
+
+async def link(world: World, inode: Inode) -> None:
+    await world.fs.link(inode, world.table.root, b"other")
+
+
+async def rename(world: World, inode: Inode) -> None:
+    await world.fs.rename(world.table.root, b"file", world.table.root, b"other", 0)
+
+
+async def exchange(world: World, inode: Inode) -> None:
+    await world.fs.rename(world.table.root, b"file", world.table.root, b"target", RENAME_EXCHANGE)
+
+
+def setattr_of(**changes: int) -> Step:
+    async def change(world: World, inode: Inode) -> None:
+        await world.fs.setattr(inode, Changes(**changes), 0)
+
+    return change
+
+
+async def setxattr(world: World, inode: Inode) -> None:
+    await world.fs.setxattr(inode, b"user.a", b"1")
+
+
+CHANGES: dict[str, Step] = {
+    "link": link,
+    "rename": rename,
+    "exchange": exchange,
+    "chmod": setattr_of(mode=0o100604),
+    "chown": setattr_of(uid=4711, gid=4712),
+    "setxattr": setxattr,
+}
+
+
+@both
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_that_the_backing_made_succeeds_whatever_becomes_of_the_look_at_it(
+    tmp_path: Path, change: str, blocking: bool
+) -> None:
+    if change == "chown" and os.geteuid():
+        pytest.skip("only root gives files away")
+
+    async def main(world: World) -> None:
+        (tmp_path / "file").write_bytes(b"contents")
+        (tmp_path / "target").write_bytes(b"target")
+        inode, handle = await world.open("file")
+        await world.open("target")
+        assert await world.read(handle, 0, 99) == b"contents"
+        world.backing.set_plan(BLIND)
+        await CHANGES[change](world, inode)
+        theirs, seen = os.stat(f"/proc/self/fd/{inode.reader}"), inode.attributes().st
+        for name in ("st_mode", "st_nlink", "st_uid", "st_gid", "st_size"):
+            assert getattr(seen, name) == getattr(theirs, name), name
+        assert not world.files.believed(inode), "the next look is due at once"
+        world.backing.set_plan([])
+        await world.fs.getattr(inode)
+        assert inode.st == theirs
+        assert await world.read(handle, 0, 99) == b"contents"
+
+    over(tmp_path, main, blocking)
+
+
+@both
+def test_times_and_sizes_set_are_shown_whatever_becomes_of_the_look_at_them(tmp_path: Path, blocking: bool) -> None:
+    async def main(world: World) -> None:
+        inode, handle = await world.open("file")
+        await world.files.write(handle, 0, b"unwritten")
+        # On a local backing a look comes first, so that somebody else's change is not hidden.
+        look: list[dict[str, object]] = [{"op": "fstat", "errno": "EIO", "after": 0 if blocking else 1}]
+        world.backing.set_plan(look)
+        await world.fs.setattr(inode, Changes(mtime_ns=5_000_000_007), 0)
+        assert inode.attributes().mtime_ns == 5_000_000_007
+        world.backing.set_plan(look)
+        await world.fs.setattr(inode, Changes(size=4), 0)
+        assert (inode.attributes().size, os.stat(tmp_path / "file").st_size) == (4, 4)
+        assert inode.attributes().mtime_ns > 5_000_000_007
+        world.backing.set_plan([])
+        await world.files.fsync(handle, False)
+        assert (tmp_path / "file").read_bytes() == b"unwr"
+
+    over(tmp_path, main, blocking)
+
+
+# --- what is made is given away by descriptor
+
+
+def plant_file_of_another(top: Path, name: str) -> None:
+    """What somebody who may write SOURCE can do: a file of root, that he may rename, takes the new one's name."""
+    os.rename(top / "secret", top / name)
+
+
+def plant_hard_link(top: Path, name: str) -> None:
+    os.unlink(top / name)
+    os.link(top / "secret", top / name)
+
+
+def plant_directory(top: Path, name: str) -> None:
+    os.rmdir(top / name)
+    os.rename(top / "full", top / name)
+
+
+def plant_symlink(top: Path, name: str) -> None:
+    (os.rmdir if os.path.isdir(top / name) else os.unlink)(top / name)
+    os.symlink("secret", top / name)
+
+
+PLANTS = [
+    ("mknod", plant_file_of_another),
+    ("mknod", plant_hard_link),
+    ("mknod", plant_symlink),
+    ("fifo", plant_hard_link),
+    ("mkdir", plant_directory),
+    ("mkdir", plant_symlink),
+    ("symlink", plant_hard_link),
+]
+
+
+@as_root
+@both
+@pytest.mark.parametrize(("kind", "plant"), PLANTS)
+def test_what_somebody_put_in_the_place_of_a_new_node_is_not_given_away(
+    tmp_path: Path, kind: str, plant: Callable[[Path, str], None], blocking: bool
+) -> None:
+    (tmp_path / "secret").write_bytes(b"of root")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_bytes(b"of root")
+
+    async def main(world: World) -> None:
+        method = {"fifo": "mknod"}.get(kind, kind)
+        make = getattr(world.backing.inner, method)
+
+        def make_and_plant(*args: object) -> None:
+            make(*args)
+            plant(tmp_path, "new")
+
+        setattr(world.backing.inner, method, make_and_plant)
+        root = world.table.root
+        if kind == "mkdir":
+            inode = await world.fs.mkdir(root, b"new", 0o755, SOMEBODY)
+        elif kind == "symlink":
+            inode = await world.fs.symlink(root, b"new", b"target", SOMEBODY)
+        else:
+            mode = stat.S_IFREG if kind == "mknod" else stat.S_IFIFO
+            inode = await world.fs.mknod(root, b"new", mode | 0o6755, 0, SOMEBODY)
+        planted = os.lstat(tmp_path / "new")
+        assert (planted.st_uid, planted.st_gid) == (0, 0)
+        assert not planted.st_mode & 0o6000
+        assert os.stat(tmp_path / "secret" if (tmp_path / "secret").exists() else tmp_path / "new").st_uid == 0
+        assert (inode.st.st_uid, inode.key[1]) == (0, planted.st_ino)
+
+    over(tmp_path, main, blocking)
+
+
+@as_root
+@both
+def test_what_is_made_belongs_to_who_asked_for_it(tmp_path: Path, blocking: bool) -> None:
+    async def main(world: World) -> None:
+        root = world.table.root
+        made = [
+            await world.fs.mkdir(root, b"dir", 0o755, SOMEBODY),
+            await world.fs.symlink(root, b"link", b"secret", SOMEBODY),
+            await world.fs.mknod(root, b"fifo", stat.S_IFIFO | 0o644, 0, SOMEBODY),
+            await world.fs.mknod(root, b"device", stat.S_IFCHR | 0o644, os.makedev(1, 3), SOMEBODY),
+            await world.fs.mknod(root, b"set-id", stat.S_IFREG | 0o6755, 0, SOMEBODY),
+            await world.fs.mknod(root, b"plain", 0o644, 0, SOMEBODY),
+        ]
+        for inode, name in zip(made, ("dir", "link", "fifo", "device", "set-id", "plain"), strict=True):
+            st = os.lstat(tmp_path / name)
+            assert (st.st_uid, st.st_gid) == (4711, 4712), name
+            assert inode.st == st
+        assert stat.S_IMODE(os.lstat(tmp_path / "set-id").st_mode) == 0o6755
+
+    over(tmp_path, main, blocking)
