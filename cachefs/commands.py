@@ -100,7 +100,8 @@ class Commands:
         if not request.get("sure"):
             for part in self.ledger.parts(failing):
                 await send({"unwritten": part})
-            return await send({"done": True})
+            await send({"done": True})
+            return
         given_up_bytes = 0
         for inode in failing:
             nbytes = await self.stack.files.discard_unwritten(inode)

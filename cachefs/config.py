@@ -6,14 +6,17 @@ The command line, `-o` and fstab give the same option names and the same strings
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cachefs.errors import UsageError
+from cachefs.rules import parse_rules
 from cachefs.units import format_size, parse_bandwidth, parse_duration, parse_size
 
 PAGE_BYTES = 4096
 SMALLEST_CACHE_BYTES = 16 * PAGE_BYTES
 DEFAULT_CACHE_BYTES = 1 << 30
+UNPINNED_SHARE = 8  # at least one part in so many of the cache is neither pinned nor unwritten
+SETTABLE = ("cache_size", "policy", "pin_limit")  # while mounted
 POLICY_NAMES = ("lru", "sieve", "s3fifo")
 DEFAULT_POLICY = "s3fifo"
 KERNEL_CACHE_MODES = ("off", "open", "keep")
@@ -33,6 +36,7 @@ class Option:
     default: str
     choices: tuple[str, ...] = ()
     hidden: bool = False
+    repeatable: bool = False  # given more than once, the texts are joined by `rules.SEPARATOR`
 
     @property
     def dashed(self) -> str:
@@ -43,6 +47,8 @@ OPTIONS = (
     Option("cache_size", "SIZE", "memory for pages: 512M, 2G, 10% (of RAM)", "1G, at most 25% of RAM"),
     Option("policy", "NAME", "which pages to keep", DEFAULT_POLICY, POLICY_NAMES),
     Option("kernel_cache", "MODE", "what the kernel may cache beside us", "off", KERNEL_CACHE_MODES),
+    Option("pin_limit", "SIZE", "most memory that pinned files may take: 64M, 50% (of the cache)", "50%"),
+    Option("rule", "RULE", "advice for some reads: 'comm=restic advice=noreuse' (repeatable)", "none", repeatable=True),
     Option("readahead_max", "SIZE", "largest readahead window; 0 = no readahead", "16M"),
     Option("dirty_limit", "SIZE", "most data not yet on SOURCE: 64M, 25% (of the cache)", "25%"),
     Option("dirty_background", "SIZE", "how much of it starts writeback", "half of --dirty-limit"),
@@ -75,6 +81,8 @@ class Config:
     cache_size_bytes: int
     policy: str
     kernel_cache: str  # off | open | keep
+    pin_limit_bytes: int
+    rule: str  # as `rules.parse_rules` reads it
     readahead_max_bytes: int  # 0 = off
     dirty_limit_bytes: int
     dirty_background_bytes: int
@@ -124,6 +132,8 @@ def make_config(
         cache_size_bytes=cache_bytes,
         policy=_choice(asked, "policy"),
         kernel_cache=_choice(asked, "kernel_cache"),
+        pin_limit_bytes=_pin_limit(asked, cache_bytes, limit_bytes),
+        rule=_rule(asked),
         readahead_max_bytes=_size(asked, "readahead_max") // PAGE_BYTES * PAGE_BYTES,
         dirty_limit_bytes=limit_bytes,
         dirty_background_bytes=background_bytes,
@@ -206,6 +216,53 @@ def _dirty_limits(asked: Mapping[str, str], cache_bytes: int) -> tuple[int, int]
         given = f"--dirty-background {asked['dirty_background']}"
         raise UsageError(f"{given} is above the dirty limit: give at most {format_size(limit_bytes)}")
     return limit_bytes, background_bytes
+
+
+def _pin_limit(asked: Mapping[str, str], cache_bytes: int, dirty_limit_bytes: int) -> int:
+    """What is neither pinned nor unwritten has to be enough for everybody else."""
+    size_bytes = _size(asked, "pin_limit", cache_bytes) // PAGE_BYTES * PAGE_BYTES
+    most_bytes = cache_bytes - cache_bytes // UNPINNED_SHARE - dirty_limit_bytes
+    if "pin_limit" not in asked:
+        return min(size_bytes, most_bytes)
+    if size_bytes > most_bytes:
+        given = f"--pin-limit {asked['pin_limit']} with a dirty limit of {format_size(dirty_limit_bytes)}"
+        raise UsageError(f"{given} leaves too little of the cache: give at most {format_size(most_bytes)}")
+    return size_bytes
+
+
+def _rule(asked: Mapping[str, str]) -> str:
+    text = asked.get("rule", "")
+    parse_rules(text)
+    return text
+
+
+def changed(config: Config, settings: Mapping[str, str], memory_bytes: int | None = None) -> Config:
+    """The settings of a live mount with some of SETTABLE changed; UsageError where that makes no sense.
+
+    With the cache's size change the limits that are parts of it, each in proportion.
+    """
+    for name in settings:
+        if name not in SETTABLE:
+            known = ", ".join(name.replace("_", "-") for name in SETTABLE)
+            raise UsageError(f"{name.replace('_', '-')} cannot be set while mounted, only {known}{nearest(name, SETTABLE)}")
+    if "policy" in settings:
+        config = replace(config, policy=_choice(settings, "policy"))
+    if "cache_size" in settings:
+        old, new = config.cache_size_bytes, _cache_size(settings, memory_bytes or machine_memory_bytes())
+
+        def scaled(nbytes: int) -> int:
+            return nbytes * new // old // PAGE_BYTES * PAGE_BYTES
+
+        journal_bytes = config.journal_size_bytes or 2 * new
+        limit_bytes = max(PAGE_BYTES, min(scaled(config.dirty_limit_bytes), journal_bytes // 2))
+        config = replace(
+            config, cache_size_bytes=new, dirty_limit_bytes=limit_bytes, pin_limit_bytes=scaled(config.pin_limit_bytes),
+            dirty_background_bytes=min(scaled(config.dirty_background_bytes), limit_bytes),
+        )  # fmt: skip
+    if "pin_limit" in settings:
+        limit_bytes = _pin_limit(settings, config.cache_size_bytes, config.dirty_limit_bytes)
+        config = replace(config, pin_limit_bytes=limit_bytes)
+    return config
 
 
 def _journal_size(asked: Mapping[str, str], limit_bytes: int) -> int:

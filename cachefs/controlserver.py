@@ -12,7 +12,7 @@ import trio
 from cachefs.control import encode, peer_uid, short_name
 from cachefs.errors import CachefsError
 
-Send = Callable[[Mapping[str, object]], Awaitable[None]]
+Send = Callable[[Mapping[str, object]], Awaitable[object]]  # False: the client has gone away
 Handler = Callable[[Mapping[str, object], Send], Awaitable[None]]
 
 LARGEST_REQUEST_BYTES = 64 * 1024
@@ -148,7 +148,8 @@ class _Connection:
         self._buffer += received
         return bool(received)
 
-    async def send(self, message: Mapping[str, object]) -> None:
+    async def send(self, message: Mapping[str, object]) -> bool:
+        """Whether there is still somebody to send to."""
         self.answered = self.answered or bool(message.get("done"))
         line = memoryview(encode(message))
         async with self._sending:  # a handler may report progress from one task and answer from another
@@ -162,3 +163,4 @@ class _Connection:
                 self._broken = True
             finally:
                 self._broken |= 0 < len(remaining) < len(line)  # half a line can't be mended
+        return not self._broken

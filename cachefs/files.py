@@ -21,11 +21,13 @@ from cachefs.cache.fill import Filler
 from cachefs.cache.page import PAGE_SHIFT
 from cachefs.cache.pagecache import PageCache
 from cachefs.cache.readahead import Window
+from cachefs.cache.wishes import drop_transient
 from cachefs.conflicts import Conflicts
 from cachefs.descriptors import Descriptors
 from cachefs.handle import Handle
 from cachefs.inode import Inode, patched, signature_of
 from cachefs.keeper import Keeper
+from cachefs.process import name_of
 from cachefs.source import DataDescriptors, FileSource
 from cachefs.space import Space
 from cachefs.watchdog import Unreachable
@@ -101,10 +103,10 @@ class Files:
         self.opened: Callable[[Inode], None] = lambda inode: None
         self.handles: dict[int, Handle] = {}
         self.changed = changed
+        self.advise: Callable[[Handle, str], None] = lambda handle, program: None  # told of new handles, and whose they are
         self.ttl_seconds = metadata_ttl_seconds
         self._last_handle = 0
-        # No window may push out what the one before it brought.
-        self._readahead_max_pages = min(readahead_max_bytes >> PAGE_SHIFT, cache.capacity_pages // 8)
+        self._readahead_max_bytes = readahead_max_bytes
         self.window_pages = 0
         self._measure()
 
@@ -248,15 +250,15 @@ class Files:
 
     # --- open and close ------------------------------------------------------------------------------------------------
 
-    def open_known(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS) -> Opened | None:
+    def open_known(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS, pid: int = 0) -> Opened | None:
         """A handle on a file far away, with no look at the backing; None where one is needed, whatever is known."""
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if flags & os.O_TRUNC or (writable and inode.writer < 0):
             return None
         inode.opens += 1
-        return self._opened(inode, inode.file is not None, False, flags, uid, gids)
+        return self._opened(inode, inode.file is not None, False, flags, uid, gids, pid)
 
-    async def open(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS) -> Opened:
+    async def open(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS, pid: int = 0) -> Opened:
         """A handle. On a backing far away, a file whose attributes are fresh is opened there when it is first needed."""
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         inode.opens += 1
@@ -276,23 +278,27 @@ class Files:
             inode.opens -= 1
             self.data.settle(inode)
             raise
-        return self._opened(inode, known, changed, flags, uid, gids)
+        return self._opened(inode, known, changed, flags, uid, gids, pid)
 
-    def _opened(self, inode: Inode, known: bool, changed: bool, flags: int, uid: int, gids: frozenset[int]) -> Opened:
+    def _opened(
+        self, inode: Inode, known: bool, changed: bool, flags: int, uid: int, gids: frozenset[int], pid: int
+    ) -> Opened:
         self.ensure_file(inode)
         # A look-up may have noticed a change before, and the kernel's pages may not be gone yet.
         self.opened(inode)
         unchanged = known and inode.changes == inode.changes_told
         inode.changes_told = inode.changes
-        return Opened(self._new_handle(inode, flags, uid, gids), unchanged, changed)
+        return Opened(self._new_handle(inode, flags, uid, gids, pid), unchanged, changed)
 
-    def open_created(self, inode: Inode, fd: int, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS) -> Opened:
+    def open_created(
+        self, inode: Inode, fd: int, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS, pid: int = 0
+    ) -> Opened:
         """A handle on a file just created, with the descriptor it was created with."""
         inode.opens += 1
         self.data.created(inode, fd)
         self.ensure_file(inode)
         self.opened(inode)
-        return Opened(self._new_handle(inode, flags, uid, gids), True, False)
+        return Opened(self._new_handle(inode, flags, uid, gids, pid), True, False)
 
     def ensure_file(self, inode: Inode) -> CachedFile:
         """The cached file of an inode, new if there is none."""
@@ -301,9 +307,11 @@ class Files:
             inode.signature = signature_of(inode.st)
         return inode.file
 
-    def _new_handle(self, inode: Inode, flags: int, uid: int, gids: frozenset[int]) -> int:
+    def _new_handle(self, inode: Inode, flags: int, uid: int, gids: frozenset[int], pid: int) -> int:
         self._last_handle += 1
-        self.handles[self._last_handle] = Handle(inode, flags, uid, gids)
+        program = name_of(pid)
+        handle = self.handles[self._last_handle] = Handle(inode, flags, uid, gids, self.cache.accounts.open(program, uid))
+        self.advise(handle, program)
         return self._last_handle
 
     async def flush(self, number: int) -> None:
@@ -315,8 +323,11 @@ class Files:
 
     async def release(self, number: int) -> None:
         handle = self.handles.pop(number)
+        self.cache.accounts.close(handle.account)
         inode = handle.inode
         inode.opens -= 1
+        if handle.readahead.transient and inode.file is not None:
+            drop_transient(self.cache, inode.file, unread_too=True)
         if inode.opens:
             return
         if inode.unlinked and inode.file is not None:
@@ -348,7 +359,7 @@ class Files:
         """The bytes there are in [offset, offset + size) if all are in the cache; None, and nothing is changed, if not."""
         handle = self.handles[number]
         file: CachedFile = handle.inode.file  # type: ignore[assignment]  # a handle's inode has a file
-        view = self.cache.lookup(file, offset, size, handle.last_page)
+        view = self.cache.lookup(file, offset, size, handle.last_page, handle.account)
         if view is None:
             return None
         return Hit(view, file, self._note_read(handle, file, offset, size, False))
@@ -362,7 +373,10 @@ class Files:
             return hit.view
         handle = self.handles[number]
         file: CachedFile = handle.inode.file  # type: ignore[assignment]
-        view = await self.filler.read(file, offset, size, self._note_read(handle, file, offset, size, True))
+        window, transient = self._note_read(handle, file, offset, size, True), handle.readahead.transient
+        if transient:
+            drop_transient(self.cache, file, offset >> PAGE_SHIFT, handle.last_page + 1)
+        view = await self.filler.read(file, offset, size, window, handle.account, transient)
         self._measure()
         return view
 
@@ -375,15 +389,22 @@ class Files:
     def prefetch(self, hit: "Hit") -> None:
         """Starts a hit's readahead window. After the reply: to make room could take the pages from under the view."""
         if hit.window is not None:
+            if hit.window.transient:
+                drop_transient(self.cache, hit.file)
             self.filler.prefetch(hit.file, hit.window)
             self._measure()
 
     async def _prefetch_soon(self, hit: "Hit") -> None:
         self.prefetch(hit)
 
+    @property
+    def readahead_max_pages(self) -> int:
+        """The largest window: none may push out what the one before it brought."""
+        return min(self._readahead_max_bytes >> PAGE_SHIFT, self.cache.capacity_pages // 8)
+
     def _measure(self) -> None:
-        if self._readahead_max_pages:
-            self.window_pages = self.io.speed.window_pages(self._readahead_max_pages)
+        if self._readahead_max_bytes:
+            self.window_pages = self.io.speed.window_pages(self.readahead_max_pages)
 
     async def write(self, number: int, offset: int, data: bytes | memoryview) -> int:
         """Copies `data` into the cache; it is dirty, and acknowledged, when this returns. Only part of it on a full backing."""
@@ -411,7 +432,7 @@ class Files:
             self.writeback.note(inode)
             safe = self.keeper.wrote(inode, at, nbytes) and safe
 
-        await self.filler.write(file, offset, data, dirtied)
+        await self.filler.write(file, offset, data, dirtied, handle.account, handle.readahead.transient)
         if not safe:
             await self.io.ask(self.writeback.flush, inode)
         if handle.synchronous:

@@ -11,6 +11,7 @@ import stat
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import trio
 
@@ -23,6 +24,7 @@ from cachefs.inode import NO_XATTRS, Inode, InodeTable
 from cachefs.writeback import Writeback
 
 STATS_AT_ONCE = 32  # entries of a far away directory that are looked at side by side
+HINTS = b"user.cachefs."
 ACL_DEFAULT = b"system.posix_acl_default"
 # What the kernel asks for on its own when it checks whether somebody may go somewhere or run something.
 XATTRS_REMEMBERED = frozenset((b"system.posix_acl_access", ACL_DEFAULT, b"security.capability"))
@@ -37,6 +39,7 @@ class Caller:
     gid: int
     umask: int
     gids: frozenset[int] = frozenset()  # all groups, as far as it matters
+    pid: int = 0  # 0 = unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,16 @@ class Changes:
     mtime_ns: int | None = None
 
 
+class VirtualAttributes(Protocol):
+    """Extended attributes of regular files that exist on the mount alone; the methods raise OSError."""
+
+    def get(self, inode: Inode, name: bytes) -> bytes: ...
+
+    async def set(self, inode: Inode, name: bytes, value: bytes) -> None: ...
+
+    async def remove(self, inode: Inode, name: bytes) -> None: ...
+
+
 class FileSystem:
     """Names and attributes. `files` has the data side."""
 
@@ -63,6 +76,7 @@ class FileSystem:
         self.descriptors = descriptors
         self.files = files
         self.writeback = writeback
+        self.hints: VirtualAttributes | None = None  # for names that begin with HINTS
         self.directories: dict[int, DirectoryHandle] = {}
         self._last_directory = 0
         self._idle: dict[Inode, None] = {}  # inodes that nobody uses but that have cached pages, in the order of the last look
@@ -78,7 +92,7 @@ class FileSystem:
         return inode
 
     async def find(self, parent: Inode, name: bytes) -> Inode:
-        """The same for ourselves: no lookup is counted."""
+        """The same for ourselves: no lookup is counted. `drop` it afterwards."""
         known = self.table.named(parent, name)
         try:
             st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
@@ -295,7 +309,7 @@ class FileSystem:
             raise
         inode = self._found(parent, name, st)
         inode.lookups += 1
-        return inode, self.files.open_created(inode, fd, flags, caller.uid, caller.gids)
+        return inode, self.files.open_created(inode, fd, flags, caller.uid, caller.gids, caller.pid)
 
     async def uncreate(self, made: tuple[Inode, Opened]) -> None:
         """Closes what was created too late for anybody to be told. The file stays."""
@@ -505,6 +519,8 @@ class FileSystem:
 
     async def getxattr(self, inode: Inode, name: bytes) -> bytes | int:
         """A value, or the errno that says why there is none. Some are remembered, see `Inode.xattrs`."""
+        if self.hints is not None and name.startswith(HINTS):
+            return self.hints.get(inode, name)
         found: bytes | int
         try:
             found = await self.descriptors.at("getxattr", inode, self.backing.getxattr, name)
@@ -517,15 +533,20 @@ class FileSystem:
         return found
 
     async def listxattr(self, inode: Inode) -> list[bytes]:
-        return await self.descriptors.at("listxattr", inode, self.backing.listxattr)
+        names = await self.descriptors.at("listxattr", inode, self.backing.listxattr)
+        return [name for name in names if not name.startswith(HINTS)]
 
     async def setxattr(self, inode: Inode, name: bytes, value: bytes) -> None:
+        if self.hints is not None and name.startswith(HINTS):
+            return await self.hints.set(inode, name, value)
         async with inode.lock:
             if name.startswith(b"security.") and inode.unwritten:
                 await self.writeback.flush_locked(inode)  # writing later would take file capabilities away
             await self._change(inode, "setxattr", self.backing.setxattr, name, value)
 
     async def removexattr(self, inode: Inode, name: bytes) -> None:
+        if self.hints is not None and name.startswith(HINTS):
+            return await self.hints.remove(inode, name)
         async with inode.lock:
             await self._change(inode, "removexattr", self.backing.removexattr, name)
 

@@ -51,10 +51,10 @@ class Inode:
     """
 
     __slots__ = (
-        "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "doubtful", "epoch", "error_count",
-        "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "key", "lookups", "losing", "mtime_ns", "names", "node",
-        "noticed", "opens", "reader", "retry_at", "retry_seconds", "signature", "st", "target", "tries", "unlinked", "unsure",
-        "unsynced", "writer", "xattrs",
+        "_lock", "advice", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "doubtful", "epoch",
+        "error_count", "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "kept", "key", "lookups", "losing",
+        "mtime_ns", "names", "node", "noticed", "opens", "reader", "retry_at", "retry_seconds", "signature", "st", "target",
+        "tries", "unlinked", "unsure", "unsynced", "writer", "xattrs",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -62,6 +62,8 @@ class Inode:
         self.key = (st.st_dev, st.st_ino)
         self.names: dict[tuple[Inode, bytes], None] = {}  # {(parent, name)}, oldest first; the root has none
         self.lookups = self.opens = self.children = 0
+        self.kept = 0  # reasons to keep it known although nobody uses it: pins, an advice
+        self.advice = ""  # what programs said of its use, see `rules.py`
         self.fd = -1  # O_PATH descriptor, -1 = none now
         self.fd_busy = 0  # calls under way that use `fd`
         self.handle: bytes | None = None  # name for open_by_handle_at, made when `fd` is closed
@@ -115,7 +117,8 @@ class Inode:
 
     @property
     def in_use(self) -> bool:
-        return bool(self.lookups or self.opens or self.children or self.busy or self.fd_busy)
+        kept = self.kept and not self.unlinked
+        return bool(self.lookups or self.opens or self.children or self.busy or self.fd_busy or kept)
 
     def attributes(self) -> "Attributes":
         """What programs are to see: the backing's attributes, but for what they wrote and we have not."""

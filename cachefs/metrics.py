@@ -9,7 +9,8 @@ import socket
 import socketserver
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from errno import EADDRINUSE
@@ -23,7 +24,15 @@ from prometheus_client.registry import Collector
 
 from cachefs import __version__
 from cachefs.errors import CachefsError
-from cachefs.statistics import DURATION_BOUNDS_SECONDS, Histogram, HistogramSnapshot, Statistics
+from cachefs.statistics import (
+    DISTANCE_BOUNDS_BYTES,
+    DURATION_BOUNDS_SECONDS,
+    DistanceSnapshot,
+    Histogram,
+    HistogramSnapshot,
+    Statistics,
+    UseStatistics,
+)
 
 PORTS_TRIED = 100  # a machine with more mounts than this names its ports
 STATISTICS_TIMEOUT_SECONDS = 5.0  # under Prometheus's usual scrape_timeout, so that it is told why
@@ -31,11 +40,12 @@ CLIENT_TIMEOUT_SECONDS = 10.0  # a client that connects and says nothing holds a
 
 log = logging.getLogger(__name__)
 
-Value = float | HistogramSnapshot
+Value = float | HistogramSnapshot | DistanceSnapshot
 Reading = Mapping[tuple[str, ...], Value]  # {values of the labels: value}
 
 NO_DURATIONS = Histogram().snapshot()
 BUCKETS = (*map(str, DURATION_BOUNDS_SECONDS), "+Inf")  # values of the label `le`
+DISTANCE_BUCKETS = (*map(str, map(float, DISTANCE_BOUNDS_BYTES)), "+Inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +67,14 @@ def one(value: float) -> Reading:
 def by(values: Mapping[str, Value], *expected: str, zero: Value = 0) -> Reading:
     """One value a label; the expected ones are there from the first scrape, so that `rate()` sees their first step."""
     return {(name,): values.get(name, zero) for name in (*expected, *values)}
+
+
+def uses(who: Mapping[str, UseStatistics], figure: Callable[[UseStatistics], int]) -> Reading:
+    """One figure of each program or user; a few names may look the same in print."""
+    sums = Counter[tuple[str, ...]]()
+    for name, use in who.items():
+        sums[(_printable(name),)] += figure(use)
+    return dict(sums)
 
 
 DEFINITIONS = (
@@ -87,13 +105,19 @@ DEFINITIONS = (
     Definition("cachefs_cache_pages", "gauge", "pages", ("state",),
         "Pages in the cache by state.",
         lambda s: by({"clean": s.cache.clean_pages, "dirty": s.cache.dirty_pages, "writeback": s.cache.writeback_pages,
-                      "filling": s.cache.filling_pages})),
+                      "filling": s.cache.filling_pages, "pinned": s.cache.pinned_pages})),
+    Definition("cachefs_pin_limit_bytes", "gauge", "bytes", (),
+        "Memory that pinned files may take, as set by --pin-limit.",
+        lambda s: one(s.cache.pin_limit_bytes)),
     Definition("cachefs_evictions_total", "counter", "pages", ("reason",),
         "Pages that left the cache, by reason; capacity means to make room for others.",
-        lambda s: by(s.cache.evictions, "capacity", "dropped", "invalidated", "truncated")),
+        lambda s: by(s.cache.evictions, "capacity", "dropped", "invalidated", "noreuse", "truncated")),
     Definition("cachefs_refaults_total", "counter", "pages", (),
         "Page misses on pages evicted a short time ago; many of them mean that the cache is too small.",
         lambda s: one(s.cache.refaults)),
+    Definition("cachefs_refault_distance_bytes", "histogram", "bytes", (),
+        "How much was evicted between a page's eviction and its refault: a cache larger by this would have kept it.",
+        lambda s: {(): s.cache.refault_distances}),
     Definition("cachefs_misses_total", "counter", "pages", ("reason",),
         "Page misses by reason: never seen before (cold), evicted (capacity), or changed underneath (invalidated).",
         lambda s: by(s.cache.misses, "cold", "capacity", "invalidated")),
@@ -101,6 +125,36 @@ DEFINITIONS = (
         "Prefetched pages that were read (used), left the cache unread (unused), or were asked for too soon (late).",
         lambda s: by({"used": s.cache.readahead_used_pages, "unused": s.cache.readahead_unused_pages,
                       "late": s.cache.readahead_late_pages})),
+    Definition("cachefs_process_page_hits_total", "counter", "pages", ("comm",),
+        "Page hits of the programs that use the cache most, by name; those that have no series of their own are other.",
+        lambda s: uses(s.cache.programs, lambda use: use.page_hits)),
+    Definition("cachefs_process_page_misses_total", "counter", "pages", ("comm",),
+        "Page misses by program.",
+        lambda s: uses(s.cache.programs, lambda use: use.page_misses)),
+    Definition("cachefs_process_hit_bytes_total", "counter", "bytes", ("comm",),
+        "Bytes that reads got from pages that were up to date in memory, by program.",
+        lambda s: uses(s.cache.programs, lambda use: use.hit_bytes)),
+    Definition("cachefs_process_miss_bytes_total", "counter", "bytes", ("comm",),
+        "Bytes that reads had to wait for the backing for, by program.",
+        lambda s: uses(s.cache.programs, lambda use: use.miss_bytes)),
+    Definition("cachefs_process_write_bytes_total", "counter", "bytes", ("comm",),
+        "Bytes written into the cache, by program.",
+        lambda s: uses(s.cache.programs, lambda use: use.write_bytes)),
+    Definition("cachefs_user_page_hits_total", "counter", "pages", ("uid",),
+        "Page hits of the users, by number; those of whom there are too many are other.",
+        lambda s: uses(s.cache.users, lambda use: use.page_hits)),
+    Definition("cachefs_user_page_misses_total", "counter", "pages", ("uid",),
+        "Page misses by user.",
+        lambda s: uses(s.cache.users, lambda use: use.page_misses)),
+    Definition("cachefs_user_hit_bytes_total", "counter", "bytes", ("uid",),
+        "Bytes that reads got from pages that were up to date in memory, by user.",
+        lambda s: uses(s.cache.users, lambda use: use.hit_bytes)),
+    Definition("cachefs_user_miss_bytes_total", "counter", "bytes", ("uid",),
+        "Bytes that reads had to wait for the backing for, by user.",
+        lambda s: uses(s.cache.users, lambda use: use.miss_bytes)),
+    Definition("cachefs_user_write_bytes_total", "counter", "bytes", ("uid",),
+        "Bytes written into the cache, by user.",
+        lambda s: uses(s.cache.users, lambda use: use.write_bytes)),
     Definition("cachefs_dirty_bytes", "gauge", "bytes", (),
         "Acknowledged bytes that are not yet on the backing.",
         lambda s: one(s.writeback.dirty_bytes)),
@@ -161,6 +215,9 @@ DEFINITIONS = (
     Definition("cachefs_backing_timeouts_total", "counter", "requests", (),
         "Requests that failed because the backing had not answered within --backing-timeout, or was known not to.",
         lambda s: one(s.backing.timeouts)),
+    Definition("cachefs_saved_seconds_total", "counter", "seconds", (),
+        "Time that programs did not wait: read requests that hit, times the backing's latency as measured then.",
+        lambda s: one(s.filesystem.saved_seconds)),
     Definition("cachefs_open_handles", "gauge", "handles", (),
         "Files and directories that programs hold open.",
         lambda s: one(s.filesystem.open_handles)),
@@ -244,13 +301,21 @@ def _family(definition: Definition) -> Metric:
 
 def _add_samples(family: Metric, name: str, labels: dict[str, str], value: Value) -> None:
     if isinstance(value, HistogramSnapshot):
-        cumulative = list(accumulate(value.counts))
-        for bound, count in zip(BUCKETS, cumulative, strict=True):
-            family.add_sample(f"{name}_bucket", labels | {"le": bound}, count)
-        family.add_sample(f"{name}_count", labels, cumulative[-1])
-        family.add_sample(f"{name}_sum", labels, value.total_seconds)
+        _add_histogram(family, name, labels, BUCKETS, value.counts, value.total_seconds)
+    elif isinstance(value, DistanceSnapshot):
+        _add_histogram(family, name, labels, DISTANCE_BUCKETS, value.counts, value.total_bytes)
     else:
         family.add_sample(name, labels, value)
+
+
+def _add_histogram(
+    family: Metric, name: str, labels: dict[str, str], buckets: Sequence[str], counts: Sequence[int], total: float
+) -> None:
+    cumulative = list(accumulate(counts))
+    for bound, count in zip(buckets, cumulative, strict=True):
+        family.add_sample(f"{name}_bucket", labels | {"le": bound}, count)
+    family.add_sample(f"{name}_count", labels, cumulative[-1])
+    family.add_sample(f"{name}_sum", labels, total)
 
 
 def _printable(path: str) -> str:

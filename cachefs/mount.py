@@ -18,9 +18,11 @@ from cachefs.config import Config
 from cachefs.daemon import Ready
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode
+from cachefs.keepcommands import KeepCommands
 from cachefs.leftover import leave_descriptors
 from cachefs.metrics import MetricsServer, make_registry
 from cachefs.recovery import Predecessor, Recovery
+from cachefs.settings import Settings
 from cachefs.stack import Stack, raise_descriptor_limit
 from cachefs.state import State
 from cachefs.statistics import Statistics
@@ -28,6 +30,7 @@ from cachefs.store import make_backing
 from cachefs.tasks import Guarded
 from cachefs.transport import negotiate
 from cachefs.transport.session import open_session
+from cachefs.viewcommands import ViewCommands
 from cachefs.watchdog import Unreachable
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ LAST_TRIES = 5  # at the end, for files whose writeback fails
 LAST_TRY_PAUSE_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for programs that still have files open when SIGTERM came
 RETIRE_SECONDS = 1.0
+PINS_FILE = "pins.json"
 LOGGED = ("path", "offset", "length", "error")  # of an entry
 SWEEP_SECONDS, SWEEP_INODES = 1.0, 1000  # ~1 ms of every second
 
@@ -99,7 +103,8 @@ class Mount:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals)
             self.tasks = Guarded(nursery)
-            self.stack = Stack(self.config, self.backing, self.tasks, self._changed, self._gone)
+            pins_file = os.path.join(self.state.directory, PINS_FILE)
+            self.stack = Stack(self.config, self.backing, self.tasks, self._changed, self._gone, pins_file)
             try:
                 await self._serve(ready, nursery)
             finally:  # of all that is under way, threads that hang in SOURCE included
@@ -172,7 +177,11 @@ class Mount:
         self.tasks.start_service(self.stack.files.space.watch)
         if self.stack.watcher is not None:
             self.tasks.start_service(self.stack.watcher.run)
-        await nursery.start(controlserver.serve, self.state.socket_path, self.commands.handlers())
+        self.stack.pins.load()
+        self.tasks.start_service(self.stack.pins.run)
+        keeping = KeepCommands(self.stack, Settings(self.stack, self._settings_changed), self._forget_in_kernel)
+        handlers = {**self.commands.handlers(), **ViewCommands(self.stack).handlers(), **keeping.handlers()}
+        await nursery.start(controlserver.serve, self.state.socket_path, handlers)
         if self.config.metrics_host is not None:
             token = trio.lowlevel.current_trio_token()
             snapshot = functools.partial(trio.from_thread.run_sync, self.statistics, trio_token=token)
@@ -181,10 +190,11 @@ class Mount:
             )
 
     async def _sweep(self) -> None:
-        """Now and then lets go of inodes that only their cached pages kept."""
+        """Now and then lets go of inodes that only their cached pages kept, and moves the clock that reads are stamped with."""
         while True:
             await trio.sleep(SWEEP_SECONDS)
             self.stack.fs.sweep(SWEEP_INODES)
+            self.stack.tick()
 
     async def _retire(self) -> None:
         while True:
@@ -194,8 +204,17 @@ class Mount:
 
     def _changed(self, inode: Inode) -> None:
         """The file's contents changed underneath: what the kernel knows is wrong too, in mode `off` its size and mapped pages."""
+        self._forget_in_kernel(inode)
+        if inode.kept:
+            self.stack.pins.kick()
+
+    def _forget_in_kernel(self, inode: Inode) -> None:
         if not self._unmounted.is_set():
             self.tasks.start_soon(self.invalidate, inode.node)
+
+    def _settings_changed(self, config: Config) -> None:
+        self.config = config
+        self.state.reconfigure(config)
 
     def _gone(self, parent: Inode, name: bytes) -> None:
         """Somebody else has removed or replaced what had this name: the kernel is to ask again."""

@@ -14,14 +14,18 @@ from cachefs.cache import policy
 from cachefs.cache.fill import Filler
 from cachefs.cache.page import PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
-from cachefs.config import Config
+from cachefs.config import Config, machine_memory_bytes
 from cachefs.descriptors import BUDGET_MAX, Descriptors
 from cachefs.entries import merged
 from cachefs.files import Files
 from cachefs.fs import FileSystem
+from cachefs.hints import Hints
 from cachefs.inode import Inode, InodeTable
 from cachefs.keeper import Keeper
 from cachefs.ledger import Ledger
+from cachefs.pins import Pins
+from cachefs.rules import parse_rules
+from cachefs.savings import Savings
 from cachefs.statistics import FileSystemStatistics, HistogramSnapshot, Statistics
 from cachefs.tasks import Spawner
 from cachefs.watch import Watcher
@@ -46,6 +50,8 @@ class Stack:
 
     `changed(inode)` is told when a file turns out to have been changed underneath, `gone(parent, name)` when a name does not
     mean any more what the kernel knows.
+
+    `pins_file` is where pins are kept (None: nowhere).
     """
 
     def __init__(
@@ -55,15 +61,19 @@ class Stack:
         tasks: Spawner,
         changed: Callable[[Inode], None],
         gone: Callable[[Inode, bytes], None],
+        pins_file: str | None = None,
     ) -> None:
         self.config = config
         self.started = time.monotonic()
+        self.savings = Savings()
         self.io = BackingIO(backing, tasks, config.backing_timeout_seconds)
         root_fd = backing.open_root()
         self.table = InodeTable(backing.fstat(root_fd))
         self.descriptors = Descriptors(self.io, self.table, root_fd, descriptor_budget())
         pages = config.cache_size_bytes // PAGE_SIZE
-        self.cache = PageCache(policy.make(config.policy, pages), pages, time.monotonic)
+        most_pages = max(pages, machine_memory_bytes() // PAGE_SIZE)
+        self.cache = PageCache(policy.make(config.policy, pages), pages, time.monotonic, most_pages)
+        self.cache.pin_limit_pages = config.pin_limit_bytes // PAGE_SIZE
         self.keeper = Keeper(self.cache, self.table, backing)
         self.writeback = Writeback(
             self.cache,
@@ -84,6 +94,9 @@ class Stack:
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
         self.keeper.make_durable = functools.partial(self.io.ask, self.fs.make_durable)
         self.ledger = Ledger(self.fs)
+        self.pins = Pins(self.fs, pins_file)
+        self.hints = Hints(self.files, self.pins, parse_rules(config.rule), tasks, changed)
+        self.fs.hints, self.files.advise = self.hints, self.hints.opened
 
     def _settled(self, inode: Inode) -> None:
         self.files.data.settle(inode)
@@ -108,12 +121,18 @@ class Stack:
         """A name of the inode relative to SOURCE, for people."""
         return os.fsdecode(self.ledger.path(inode) or b"")
 
+    def tick(self) -> None:
+        """To be called every second or so: moves the clock that reads are stamped with, and adds up what they saved."""
+        self.cache.accounts.tick(self.cache.clock())
+        self.savings.account(self.cache.reads_hit, self.io.speed.latency_seconds)
+
     def statistics(self, kernel_cache: str, durations: dict[str, HistogramSnapshot]) -> Statistics:
         """A snapshot; what is above, the kernel's mode and the durations of requests, is passed in."""
+        self.tick()
         return Statistics(
             mountpoint=self.config.mountpoint,
             source=self.config.source,
-            policy=self.config.policy,
+            policy=self.cache.policy.name,
             kernel_cache=kernel_cache,
             uptime_seconds=time.monotonic() - self.started,
             cache=self.cache.statistics(),
@@ -123,6 +142,7 @@ class Stack:
             conflicts=self.files.conflicts.statistics(),
             filesystem=FileSystemStatistics(
                 durations=durations,
+                saved_seconds=self.savings.seconds,
                 open_handles=len(self.files.handles),
                 known_inodes=len(self.table),
                 open_descriptors=len(self.descriptors) + self.files.data.count,
@@ -133,4 +153,5 @@ class Stack:
         """Asserts the invariants of cache and inodes; slow."""
         self.cache.check_invariants()
         self.table.check()
+        assert sum(account.opens for account in self.cache.accounts) == len(self.files.handles), "handles without an account"
         self.keeper.check()

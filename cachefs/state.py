@@ -64,7 +64,7 @@ class State:
             socket=self.socket_path,
             log=self.log_path,
             started=time.time(),
-            config=asdict(config) | {"mount_flags": sorted(config.mount_flags)},
+            config=_as_record(config),
         )
 
     @classmethod
@@ -96,6 +96,12 @@ class State:
         for path in (os.path.join(self.directory, _RECORD_FILE), self._runtime_record):
             _write_atomically(path, text)
 
+    def reconfigure(self, config: Config) -> None:
+        """Tells others that some settings of the live mount have changed."""
+        self.record = replace(self.record, config=_as_record(config))
+        with contextlib.suppress(CachefsError):  # they are in effect, whether or not the disk has room for that news
+            self.publish(self.record.phase)
+
     def mark_stopping(self) -> None:
         """From now on a mount of the same SOURCE waits for us instead of being refused."""
         with contextlib.suppress(CachefsError):  # a full disk must not keep us from writing out
@@ -116,6 +122,10 @@ class State:
     def leave_to_child(self) -> None:
         """Closes this process's share of a lock that a forked child goes on holding."""
         os.close(self.lock_fd)
+
+
+def _as_record(config: Config) -> dict[str, object]:
+    return asdict(config) | {"mount_flags": sorted(config.mount_flags)}
 
 
 def state_directory(config: Config) -> str:

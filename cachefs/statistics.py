@@ -37,16 +37,40 @@ class HistogramSnapshot:
     total_seconds: float
 
 
+DISTANCE_BOUNDS_BYTES = tuple(1 << power for power in range(20, 38, 2))  # 1 MiB, 4 MiB, ... 64 GiB
+
+
+@dataclass(frozen=True, slots=True)
+class DistanceSnapshot:
+    """Counts per bucket (not cumulative) over `DISTANCE_BOUNDS_BYTES` plus one bucket for the rest, and their sum."""
+
+    counts: tuple[int, ...]
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class UseStatistics:
+    """What one program, or one user, got from the cache and put into it."""
+
+    page_hits: int
+    page_misses: int
+    hit_bytes: int
+    miss_bytes: int
+    write_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class CacheStatistics:
     """What the page cache holds and did. A *page hit* is a page that was up to date when the request arrived."""
 
     capacity_bytes: int
     resident_bytes: int
-    clean_pages: int
+    clean_pages: int  # each page is in one of these five states
     dirty_pages: int
     writeback_pages: int
     filling_pages: int
+    pinned_pages: int  # clean ones that are not evicted
+    pin_limit_bytes: int
     page_hits: int
     page_misses: int
     hit_bytes: int
@@ -57,10 +81,13 @@ class CacheStatistics:
     reads_miss: int
     evictions: Mapping[str, int]  # {reason: pages}
     misses: Mapping[str, int]  # {cold|capacity|invalidated: pages}; their sum is page_misses
-    refaults: int  # misses on pages that were evicted a short time ago
+    refaults: int  # misses on pages that were evicted before
+    refault_distances: DistanceSnapshot  # pages evicted meanwhile, in bytes
     readahead_used_pages: int
     readahead_unused_pages: int  # evicted or dropped before anybody read them
     readahead_late_pages: int  # asked for while their fill was still under way
+    programs: Mapping[str, UseStatistics]  # {name of a program, or other: ...}, together all there is
+    users: Mapping[str, UseStatistics]  # {user's number, or other: ...}, together all there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +149,7 @@ class FileSystemStatistics:
     """Requests that programs made and what is open."""
 
     durations: Mapping[str, HistogramSnapshot]  # {FUSE op: ...}
+    saved_seconds: float  # read requests that hit, times the backing's latency then
     open_handles: int
     known_inodes: int
     open_descriptors: int

@@ -58,8 +58,7 @@ class Writeback:
     ) -> None:
         self.cache = cache
         self.keeper = keeper
-        self.limit_pages = limit_bytes // PAGE_SIZE
-        self.background_pages = background_bytes // PAGE_SIZE
+        self.set_limits(limit_bytes, background_bytes)
         self.expire_seconds = expire_seconds
         self.interval_seconds = interval_seconds
         self.settled = settled
@@ -74,7 +73,12 @@ class Writeback:
         self._under_way = 0
         self._write_soon = False  # somebody waits for room: thresholds and ages do not matter
         self._wake = trio.Event()
-        cache.dirty_limit_pages = self.limit_pages
+
+    def set_limits(self, limit_bytes: int, background_bytes: int) -> None:
+        """How much may be unwritten, and how much is before writeback begins; those who wait look again."""
+        self.limit_pages = self.cache.dirty_limit_pages = limit_bytes // PAGE_SIZE
+        self.background_pages = background_bytes // PAGE_SIZE
+        self.cache.room.unpark_all()
 
     # --- writers ---------------------------------------------------------------------------------------------------
 

@@ -22,18 +22,29 @@ SLACK_MAX_PAGES = (32 << 20) // PAGE_SIZE
 
 
 class Arena:
-    """Memory for `capacity_pages` resident pages; hands out slots and takes them back."""
+    """Memory for `capacity_pages` resident pages, later for up to `most_pages`; hands out slots and takes them back."""
 
-    def __init__(self, capacity_pages: int) -> None:
+    def __init__(self, capacity_pages: int, most_pages: int = 0) -> None:
         self.capacity_pages = capacity_pages
-        self.slack_pages = min(SLACK_MAX_PAGES, max(GROUP_PAGES, capacity_pages // 8))
+        self.slack_pages = _slack(capacity_pages)
         self.physical_pages = 0
-        self._map = _reserve(capacity_pages)
+        self._map = _reserve(capacity_pages, max(capacity_pages, most_pages))
         self.view = memoryview(self._map)
         half = len(self._map) // 2 // GROUP_SIZE * GROUP_SIZE  # large slots grow from 0, small ones from the middle
         self._large = _Slots(0, half, GROUP_PAGES)
         self._small = _Slots(half, len(self._map), SMALL_PAGES)
         self._holey: dict[Group, None] = {}  # groups with touched pages that are not resident, oldest first
+
+    @property
+    def most_pages(self) -> int:
+        """The largest capacity that the addresses suffice for, wherever its pages lie in their files."""
+        return max(self.capacity_pages, len(self._map) // (2 * GROUP_SIZE) - GROUP_PAGES)
+
+    def resize(self, capacity_pages: int) -> None:
+        """Another capacity, at least what is resident and at most `most_pages`."""
+        self.capacity_pages = capacity_pages
+        self.slack_pages = _slack(capacity_pages)
+        self._give_back(None, 0)
 
     def allocate(self, pages: int, near: int) -> tuple[int, int, int]:
         """A slot for `pages` pages: (base, capacity, touched mask), at offset `near` if that one is free (-1: anywhere)."""
@@ -64,7 +75,7 @@ class Arena:
         if end > start:
             self.view[start:end] = bytes(end - start)
 
-    def _give_back(self, wanted_by: Group, wanted: int) -> None:
+    def _give_back(self, wanted_by: Group | None, wanted: int) -> None:
         """Returns stale memory to the kernel, but for the pages `wanted`, about to be used."""
         limit = self.capacity_pages + self.slack_pages
         while self.physical_pages > limit:
@@ -134,10 +145,14 @@ class _Slots:
         return base, touched
 
 
-def _reserve(capacity_pages: int) -> mmap.mmap:
+def _slack(capacity_pages: int) -> int:
+    return min(SLACK_MAX_PAGES, max(GROUP_PAGES, capacity_pages // 8))
+
+
+def _reserve(capacity_pages: int, most_pages: int) -> mmap.mmap:
     """Address space with a slot for every page, were each in a group of its own; less where the system is strict."""
     smallest = max(4, 4 * capacity_pages // GROUP_PAGES) * GROUP_PAGES * PAGE_SIZE
-    length = max(smallest, min(LARGEST_BYTES, 2 * (capacity_pages + GROUP_PAGES) * GROUP_PAGES * PAGE_SIZE))
+    length = max(smallest, min(LARGEST_BYTES, 2 * (most_pages + GROUP_PAGES) * GROUP_PAGES * PAGE_SIZE))
     while True:
         try:
             memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from cachefs.cache.page import GROUP_SHIFT, IN_GROUP, PAGE_SIZE, Group
+from cachefs.cache.page import ALL, GROUP_SHIFT, IN_GROUP, PAGE_SIZE, Group
 
 if TYPE_CHECKING:
     from cachefs.cache.pagecache import PageCache
@@ -17,6 +17,10 @@ def check(cache: "PageCache") -> None:
     assert cache.resident_pages == sum(file.resident_pages for file in files) <= cache.capacity_pages
     assert cache.dirty_pages == sum(file.dirty_pages for file in files)
     assert cache.writeback_pages == sum(file.writeback_pages for file in files)
+    assert cache.pinned_pages == sum(file.resident_pages for file in files if file.pinned)
+    assert cache.redirtied_pages == sum(file.redirtied_pages for file in files)
+    assert all(file.pinned for file in cache.pinned_files)
+    assert all(group.pinned == (ALL if group.file.pinned else 0) for group in groups), "a pin that half holds"
     assert cache.filling_pages == sum(group.filling.bit_count() for group in groups)
     assert all(group.file.groups[group.index] is group for group in groups)
     assert cache.policy.pages() == {group.key: group.uptodate for group in groups if group.uptodate}, "policy knows others"

@@ -1,9 +1,12 @@
 """One file as the page cache sees it: its size, its groups of pages and what it remembers of pages that left."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from cachefs.cache.page import GROUP_SHIFT, PAGE_SHIFT, PAGE_SIZE, Group, runs
+from cachefs.cache.page import GROUP_SHIFT, IN_GROUP, PAGE_SHIFT, PAGE_SIZE, Group, runs
+
+if TYPE_CHECKING:
+    from cachefs.cache.refault import When
 
 
 class Source(Protocol):
@@ -27,8 +30,8 @@ class CachedFile:
     """
 
     __slots__ = (
-        "dirty_groups", "dirty_pages", "evicted", "groups", "id", "invalidated", "resident_pages", "size", "source",
-        "writeback_pages",
+        "dirty_groups", "dirty_pages", "evicted", "evicted_at", "filling_pages", "groups", "id", "invalidated", "page_hits",
+        "page_misses", "pinned", "redirtied_pages", "resident_pages", "size", "source", "transient", "writeback_pages",
     )  # fmt: skip
 
     def __init__(self, file_id: int, source: Source, size: int) -> None:
@@ -40,13 +43,35 @@ class CachedFile:
         self.resident_pages = 0
         self.dirty_pages = 0
         self.writeback_pages = 0
+        self.redirtied_pages = 0  # both dirty and in writeback
+        self.filling_pages = 0
+        self.page_hits = self.page_misses = 0  # of reads, as long as the file is known
+        self.pinned = False  # its pages are not evicted
+        # {group index: mask} of pages that came for readers who will not come back, or were written by such; bits of absent
+        # pages mean nothing
+        self.transient: dict[int, int] = {}
         self.evicted: dict[int, int] = {}  # {group index: mask} of pages that were evicted and not filled since
+        self.evicted_at: dict[int, When] = {}  # when these were, see `refault.py`
         self.invalidated: dict[int, int] = {}  # the same for pages dropped because the backing changed
 
     @property
     def end_page(self) -> int:
         """Index behind the last page."""
         return (self.size + PAGE_SIZE - 1) // PAGE_SIZE
+
+    @property
+    def clean_pages(self) -> int:
+        return self.resident_pages - self.filling_pages - self.dirty_pages - self.writeback_pages + self.redirtied_pages
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of the file that can be read from memory."""
+        nbytes = sum(group.uptodate.bit_count() for group in self.groups.values()) << PAGE_SHIFT
+        page, tail = divmod(self.size, PAGE_SIZE)
+        last = self.groups.get(page >> GROUP_SHIFT)
+        if tail and last is not None and last.uptodate >> (page & IN_GROUP) & 1:
+            nbytes -= PAGE_SIZE - tail
+        return nbytes
 
     @property
     def unwritten(self) -> bool:
@@ -82,6 +107,9 @@ class CachedFile:
     def check(self) -> None:
         groups = self.groups.values()
         assert self.resident_pages == sum(g.resident.bit_count() for g in groups)
+        assert self.filling_pages == sum(g.filling.bit_count() for g in groups)
+        assert self.redirtied_pages == sum((g.dirty & g.writeback).bit_count() for g in groups)
+        assert self.clean_pages == sum(g.clean.bit_count() for g in groups)
         assert self.dirty_pages == sum(g.dirty.bit_count() for g in groups)
         assert self.writeback_pages == sum(g.writeback.bit_count() for g in groups)
         assert set(self.dirty_groups) == {g.index for g in groups if g.dirty}

@@ -11,10 +11,12 @@ from collections.abc import Callable
 
 import trio
 
+from cachefs.cache.account import Account
 from cachefs.cache.file import CachedFile
 from cachefs.cache.page import GROUP_PAGES, PAGE_SHIFT, PAGE_SIZE
 from cachefs.cache.pagecache import Busy, Fill, NoRoom, PageCache, TooDirty
 from cachefs.cache.readahead import Window
+from cachefs.cache.wishes import drop_transient
 from cachefs.tasks import Spawner
 from cachefs.watchdog import Watchdog
 
@@ -39,7 +41,15 @@ class Filler:
 
     # --- reading -------------------------------------------------------------------------------------------------
 
-    async def read(self, file: CachedFile, offset: int, size: int, window: Window | None) -> memoryview | bytes:
+    async def read(
+        self,
+        file: CachedFile,
+        offset: int,
+        size: int,
+        window: Window | None,
+        account: Account | None = None,
+        transient: bool = False,
+    ) -> memoryview | bytes:
         """The bytes [offset, offset + size), cut at the end of the file, after a look-up that found some page missing.
 
         Counts the request. The view is good until the next await. Raises the OSError of a backing call that failed.
@@ -47,10 +57,10 @@ class Filler:
         end = min(offset + size, file.size)
         if offset >= end:
             return b""
-        self.cache.count_request(file, offset, end)
+        self.cache.count_request(file, offset, end, account)
         if (end - offset) >> PAGE_SHIFT <= self.cache.capacity_pages // 4:
             for _ in range(TRIES):
-                await self._fill_once(file, offset, end, window)
+                await self._fill_once(file, offset, end, window, transient)
                 end = min(end, file.size)  # it may have been truncated while we waited
                 if offset >= end:
                     return b""
@@ -58,9 +68,21 @@ class Filler:
                 if view is not None:
                     return view
                 window = None
-        return await self._read_in_pieces(file, offset, end)
+        return await self._read_in_pieces(file, offset, end, transient)
 
-    async def _fill_once(self, file: CachedFile, offset: int, end: int, window: Window | None) -> None:
+    async def fetch(self, file: CachedFile, start_page: int, end_page: int) -> None:
+        """Brings what is absent of pages [start_page, end_page), as if somebody read them; raises OSError.
+
+        Pages may be gone again, or not have come for want of room.
+        """
+        for _ in range(TRIES):
+            if not self.cache.absent_runs(file, start_page, min(end_page, file.end_page)):
+                return
+            await self._fill_once(file, start_page * PAGE_SIZE, min(end_page * PAGE_SIZE, file.size), None)
+
+    async def _fill_once(
+        self, file: CachedFile, offset: int, end: int, window: Window | None, transient: bool = False
+    ) -> None:
         """Starts what is missing of [offset, end), and the rest of the window, and waits for what was asked for.
 
         May return early when the state changed while waiting for room; the caller looks again anyway.
@@ -76,7 +98,7 @@ class Filler:
                 mine = None
             more = self._more(file, page, count, end_page, window)
             try:
-                mine = self.cache.start_fill(file, page, count + more, count)
+                mine = self.cache.start_fill(file, page, count + more, count, transient)
             except (NoRoom, Busy) as reason:
                 await self.wait_for(reason)
                 return
@@ -131,16 +153,18 @@ class Filler:
         finally:
             self.cache.finish_fill(fill, nbytes)
 
-    async def _read_in_pieces(self, file: CachedFile, offset: int, end: int) -> bytes:
+    async def _read_in_pieces(self, file: CachedFile, offset: int, end: int, transient: bool) -> bytes:
         """For requests that are large for the cache: page by page into a buffer of our own."""
         parts: list[bytes] = []
         while offset < (end := min(end, file.size)):
             stop = min(end, (offset & -PAGE_SIZE) + PAGE_SIZE)
             view = self.cache.peek(file, offset, stop)
             if view is None:
-                await self._fill_once(file, offset, stop, None)
+                await self._fill_once(file, offset, stop, None, transient)
                 continue
             parts.append(bytes(view))
+            if transient:
+                drop_transient(self.cache, file)
             offset = stop
         return b"".join(parts)
 
@@ -155,14 +179,22 @@ class Filler:
         for page, count in self.cache.absent_runs(file, window.start, end):
             for at in range(page, page + count, most):
                 try:
-                    fill = self.cache.start_fill(file, at, min(most, page + count - at), 0)
+                    fill = self.cache.start_fill(file, at, min(most, page + count - at), 0, window.transient)
                 except (NoRoom, Busy):
                     return
                 self._run_soon(fill)
 
     # --- writing -------------------------------------------------------------------------------------------------
 
-    async def write(self, file: CachedFile, offset: int, data: bytes | memoryview, dirtied: Callable[[int, int], None]) -> None:
+    async def write(
+        self,
+        file: CachedFile,
+        offset: int,
+        data: bytes | memoryview,
+        dirtied: Callable[[int, int], None],
+        account: Account | None = None,
+        transient: bool = False,
+    ) -> None:
         """Copies `data` into dirty pages; what must be read first is read. Long ones go in pieces.
 
         `dirtied(offset, bytes)` is called after each piece: while a later one waits for room, writeback has to know of those
@@ -171,11 +203,13 @@ class Filler:
         most = max(1, min(self.cache.capacity_pages // 8, self.cache.dirty_limit_pages // 4)) * PAGE_SIZE
         view = memoryview(data)
         while view:
-            step = await self._write_piece(file, offset, view[: most - offset % PAGE_SIZE])
+            step = await self._write_piece(file, offset, view[: most - offset % PAGE_SIZE], account, transient)
             dirtied(offset, step)
             view, offset = view[step:], offset + step
 
-    async def _write_piece(self, file: CachedFile, offset: int, data: memoryview) -> int:
+    async def _write_piece(
+        self, file: CachedFile, offset: int, data: memoryview, account: Account | None, transient: bool
+    ) -> int:
         """Returns how much of `data` was written: less where both ends need a fill, for one could push out the other."""
         cache = self.cache
         while True:
@@ -191,7 +225,7 @@ class Filler:
                 await self._fill_once(file, partial[0] * PAGE_SIZE, min((partial[0] + 1) * PAGE_SIZE, file.size), None)
             else:
                 try:
-                    cache.write(file, offset, data)
+                    cache.write(file, offset, data, account, transient)
                     return len(data)
                 except (NoRoom, Busy) as reason:
                     await self.wait_for(reason)

@@ -42,6 +42,7 @@ GROUP_SIZE = GROUP_PAGES * PAGE_SIZE
 SMALL_PAGES = 16  # pages in the slot of a group of a small file, see Arena
 IN_GROUP = GROUP_PAGES - 1  # index of a page & IN_GROUP = its bit
 ALL = (1 << GROUP_PAGES) - 1
+Stamp = tuple[str, float]  # of a read: the program's name, the time in seconds to the tick (`account.py`)
 FIRST = tuple((1 << n) - 1 for n in range(GROUP_PAGES + 1))  # FIRST[n]: mask of the pages 0..n-1
 
 
@@ -83,11 +84,13 @@ class Group:
 
     `touched` has every page with memory behind it in the slot: those that are resident and those that were (until the
     arena gives the memory back). `prefetched` has pages that readahead brought and nobody has read yet.
+    `pinned` has pages, resident or not, that are not to be evicted.
+    `born` and `used` tell people how old the group is and who read in it last; nothing else depends on them.
     """
 
     __slots__ = (
-        "base", "capacity", "dirty", "dirty_since", "file", "filling", "fills", "index", "key",
-        "poisoned", "prefetched", "touched", "uptodate", "writeback",
+        "base", "born", "capacity", "dirty", "dirty_since", "file", "filling", "fills", "index", "key",
+        "pinned", "poisoned", "prefetched", "touched", "uptodate", "used", "writeback",
     )  # fmt: skip
 
     def __init__(self, file: "CachedFile", index: int, base: int, capacity: int, touched: int) -> None:
@@ -97,9 +100,13 @@ class Group:
         self.base = base  # bytes from the start of the arena
         self.capacity = capacity  # pages that the slot has room for: SMALL_PAGES or GROUP_PAGES
         self.touched = touched
-        self.uptodate = self.dirty = self.writeback = self.filling = self.poisoned = self.prefetched = 0
+        self.uptodate = self.dirty = self.writeback = self.filling = self.poisoned = self.prefetched = self.pinned = 0
         self.dirty_since = 0.0  # when the oldest dirty page became so; meaningful while `dirty`
+        if file.pinned:
+            self.pinned = ALL
         self.fills: list[Fill] = []  # under way, each covering some of `filling`
+        self.born = 0.0  # when the first page came
+        self.used: Stamp | None = None  # of the last read
 
     @property
     def resident(self) -> int:
@@ -107,9 +114,14 @@ class Group:
         return self.uptodate | self.filling
 
     @property
-    def evictable(self) -> int:
-        """Pages that may be forgotten now: the clean ones."""
+    def clean(self) -> int:
+        """Pages that may be forgotten without a loss."""
         return self.uptodate & ~(self.dirty | self.writeback)
+
+    @property
+    def evictable(self) -> int:
+        """Pages that may be forgotten now: the clean ones that nobody has pinned."""
+        return self.uptodate & ~(self.dirty | self.writeback | self.pinned)
 
     def start_fill(self, mask: int, prefetched: int) -> None:
         self.filling |= mask

@@ -8,11 +8,12 @@ A read of any size up to 1 MiB that finds its pages costs two dict look-ups and 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import trio
 
+from cachefs.cache.account import Account, Accounts
 from cachefs.cache.arena import Arena
 from cachefs.cache.check import check
 from cachefs.cache.file import CachedFile, Source
@@ -31,6 +32,7 @@ from cachefs.cache.page import (
     span,
 )  # fmt: skip
 from cachefs.cache.policy import Policy
+from cachefs.cache.refault import Refaults
 from cachefs.statistics import CacheStatistics
 
 _BYTE_IN_GROUP = GROUP_SIZE - 1
@@ -74,27 +76,35 @@ class TooDirty(NoRoom):
 
 
 class PageCache:
-    """At most `capacity_pages` pages of any number of files; `clock` gives seconds that only grow."""
+    """At most `capacity_pages` pages of any number of files; `clock` gives seconds that only grow.
 
-    def __init__(self, policy: Policy, capacity_pages: int, clock: Callable[[], float]) -> None:
+    The capacity may be changed later (`wishes.py`), up to `most_pages`.
+    """
+
+    def __init__(self, policy: Policy, capacity_pages: int, clock: Callable[[], float], most_pages: int = 0) -> None:
         self.capacity_pages = capacity_pages
         self.policy = policy
-        self.arena = Arena(capacity_pages)
+        self.arena = Arena(capacity_pages, most_pages)
         self.clock = clock
         self.room = trio.lowlevel.ParkingLot()  # tasks that wait for pages to become evictable
         self.dirty_limit_pages = capacity_pages  # most pages that may be dirty or in writeback; writeback's to set
+        self.pin_limit_pages = capacity_pages  # pinned pages beyond it are evicted like others
         self.resident_pages = 0
+        self.pinned_pages = 0  # resident ones of pinned files, whatever their state
         self.dirty_pages = 0
         self.writeback_pages = 0
+        self.redirtied_pages = 0
         self.filling_pages = 0
+        self.pinned_files: set[CachedFile] = set()
         self._groups: dict[int, Group] = {}  # {key: Group} of every group with resident pages
         self._files = 0  # ids given out
         self._view = self.arena.view
-        self.page_hits = self.page_misses = self.hit_bytes = self.miss_bytes = self.write_bytes = 0
+        self.accounts = Accounts(clock())  # who reads and writes: hits, misses and bytes are counted there
         self.reads_hit = self.reads_partial = self.reads_miss = 0
         self.readahead_used = self.readahead_unused = self.readahead_late = 0
         self.refaults = 0
-        self.evictions: Counter[str] = Counter(capacity=0, dropped=0, invalidated=0, truncated=0)
+        self.refault_distances = Refaults(capacity_pages)
+        self.evictions: Counter[str] = Counter(capacity=0, dropped=0, invalidated=0, noreuse=0, truncated=0)
         self.misses: Counter[str] = Counter(cold=0, capacity=0, invalidated=0)
 
     def add_file(self, source: Source, size: int) -> CachedFile:
@@ -103,12 +113,16 @@ class PageCache:
 
     # --- reading -------------------------------------------------------------------------------------------------
 
-    def lookup(self, file: CachedFile, offset: int, size: int, last_page: int = -1) -> memoryview | bytes | None:
+    def lookup(
+        self, file: CachedFile, offset: int, size: int, last_page: int = -1, account: Account | None = None
+    ) -> memoryview | bytes | None:
         """The bytes [offset, offset + size), cut at the end of the file, if all their pages are up to date, and counts a hit.
 
         None means nothing was counted: `count_request` and a fill come next. The view is good until the next await.
         `last_page` is where the reader's previous request ended: reading on in the same page is no second access.
         """
+        if account is None:
+            account = self.accounts.nobody
         end = offset + size
         if end > file.size:
             end = file.size
@@ -119,7 +133,7 @@ class PageCache:
         group = file.groups.get(page >> GROUP_SHIFT)
         first = page & IN_GROUP
         if group is None or first + count > GROUP_PAGES:
-            return self._lookup_across(file, offset, end)
+            return self._lookup_across(file, offset, end, account)
         mask = FIRST[count] << first
         if group.uptodate & mask != mask:
             return None
@@ -131,18 +145,20 @@ class PageCache:
             mask &= ~(1 << first)
         if mask:
             self.policy.touch(group.key, mask)
-        self.page_hits += count
-        self.hit_bytes += end - offset
+        group.used = account.stamp
+        account.page_hits += count
+        account.hit_bytes += end - offset
+        file.page_hits += count
         self.reads_hit += 1
         start = group.base + (offset & _BYTE_IN_GROUP)
         return self._view[start : start + end - offset]
 
-    def _lookup_across(self, file: CachedFile, offset: int, end: int) -> memoryview | bytes | None:
+    def _lookup_across(self, file: CachedFile, offset: int, end: int, account: Account) -> memoryview | bytes | None:
         if end <= offset:
             return b""
         view = self.peek(file, offset, end)
         if view is not None:
-            self.count_request(file, offset, end)
+            self.count_request(file, offset, end, account)
         return view
 
     def peek(self, file: CachedFile, offset: int, end: int) -> memoryview | bytes | None:
@@ -163,8 +179,9 @@ class PageCache:
             return self._view[parts[0][0] : parts[0][1]]
         return b"".join(self._view[start:stop] for start, stop in parts)
 
-    def count_request(self, file: CachedFile, offset: int, end: int) -> None:
+    def count_request(self, file: CachedFile, offset: int, end: int, account: Account | None = None) -> None:
         """Counts a read of [offset, end) by what is up to date now, and tells the policy of the pages that are."""
+        account = account or self.accounts.nobody
         hits = misses = 0
         for index, first, last in pieces(offset, end):
             mask = span(first, last)
@@ -177,10 +194,13 @@ class PageCache:
                     self._first_use(group, fresh)
                 if up & ~fresh:
                     self.policy.touch(group.key, up & ~fresh)
+                group.used = account.stamp
             hits += up.bit_count()
             misses += self._count_misses(file, index, mask & ~up)
-        self.page_hits += hits
-        self.page_misses += misses
+        file.page_hits += hits
+        file.page_misses += misses
+        account.page_hits += hits
+        account.page_misses += misses
         if not misses:
             self.reads_hit += 1
         elif hits:
@@ -188,14 +208,17 @@ class PageCache:
         else:
             self.reads_miss += 1
         missed_bytes = (end - offset) * misses // (hits + misses)
-        self.miss_bytes += missed_bytes
-        self.hit_bytes += end - offset - missed_bytes
+        account.miss_bytes += missed_bytes
+        account.hit_bytes += end - offset - missed_bytes
 
     def _count_misses(self, file: CachedFile, index: int, mask: int) -> int:
         count = mask.bit_count()
         if count:
             invalidated = (mask & file.invalidated.get(index, 0)).bit_count()
-            capacity = (mask & file.evicted.get(index, 0)).bit_count()
+            refaults = mask & file.evicted.get(index, 0)
+            capacity = refaults.bit_count()
+            if refaults:
+                self.refault_distances.came_back(file, index, refaults)
             self.misses["invalidated"] += invalidated
             self.misses["capacity"] += capacity
             self.refaults += capacity
@@ -232,10 +255,11 @@ class PageCache:
                 found += [fill for fill in group.fills if fill.mask & mask]
         return found
 
-    def start_fill(self, file: CachedFile, page: int, count: int, wanted: int) -> Fill:
+    def start_fill(self, file: CachedFile, page: int, count: int, wanted: int, transient: bool = False) -> Fill:
         """Makes `count` ABSENT pages of one group FILLING, all but the first `wanted` of them for readahead.
 
-        Raises NoRoom or Busy, having changed nothing but evicted some pages.
+        `transient` ones are to leave once they have been read (`wishes.drop_transient`). Raises NoRoom or Busy, having changed
+        nothing but evicted some pages.
         """
         self._make_room(count)
         first = page & IN_GROUP
@@ -243,8 +267,9 @@ class PageCache:
         mask = FIRST[count] << first
         self.arena.touch(group, mask)
         group.start_fill(mask, mask & ~(FIRST[wanted] << first))
+        self._mark(group, mask, transient)
         self._count_resident(file, count)
-        self.filling_pages += count
+        self._count_filling(file, count)
         start = group.base + first * PAGE_SIZE
         fill = Fill(group, first, count, self._view[start : start + count * PAGE_SIZE], trio.Event())
         group.fills.append(fill)
@@ -259,7 +284,7 @@ class PageCache:
             self.arena.zero(start + nbytes, start + fill.count * PAGE_SIZE)
         group.fills.remove(fill)
         clean = group.finish_fill(mask, nbytes >= 0)
-        self.filling_pages -= fill.count
+        self._count_filling(group.file, -fill.count)
         if clean:
             self.policy.admit(group.key, clean)
             self._remember_no_more(group, clean)
@@ -285,7 +310,14 @@ class PageCache:
                 found.append(page)
         return found
 
-    def write(self, file: CachedFile, offset: int, data: bytes | memoryview) -> None:
+    def write(
+        self,
+        file: CachedFile,
+        offset: int,
+        data: bytes | memoryview,
+        account: Account | None = None,
+        transient: bool = False,
+    ) -> None:
         """Copies `data` into pages and makes them DIRTY; grows the file. Raises NoRoom or Busy, having written nothing.
 
         To be called when `pages_to_fill` is empty and no page of the range is FILLING, with no await in between.
@@ -302,8 +334,9 @@ class PageCache:
             start = max(offset, index * GROUP_SIZE)
             stop = min(end, (index + 1) * GROUP_SIZE)
             self._write_group(group, span(first, last), start, data[start - offset : stop - offset])
+            self._mark(group, span(first, last), transient)
         file.size = max(file.size, end)
-        self.write_bytes += len(data)
+        (account or self.accounts.nobody).write_bytes += len(data)
 
     def _unwritten_after(self, file: CachedFile, parts: list[tuple[int, int, int]]) -> int:
         count = self.dirty_pages + self.writeback_pages
@@ -337,6 +370,7 @@ class PageCache:
             self.policy.touch(group.key, old)
         self._view[start:stop] = data
         added = (mask & ~group.dirty).bit_count()
+        self._count_redirtied(file, (mask & ~group.dirty & group.writeback).bit_count())
         group.make_dirty(mask, self.clock())
         self._count_dirty(group, added)
 
@@ -351,6 +385,7 @@ class PageCache:
     def finish_writeback(self, group: Group, mask: int, failed_since: float | None) -> None:
         """The thread has written `mask`; or could not, and they have been dirty since `failed_since`."""
         count = mask.bit_count()
+        self._count_redirtied(group.file, -(mask & group.dirty).bit_count())
         group.file.writeback_pages -= count
         self.writeback_pages -= count
         if failed_since is None:
@@ -359,6 +394,8 @@ class PageCache:
             added = (mask & ~group.dirty).bit_count()
             group.fail_writeback(mask, failed_since)
             self._count_dirty(group, added)
+        if group.file.transient:
+            self.remove(group, group.file.transient.get(group.index, 0) & mask & group.evictable, "noreuse")
         self.room.unpark_all()
 
     # --- leaving -------------------------------------------------------------------------------------------------
@@ -385,9 +422,27 @@ class PageCache:
         """The backing changed underneath: every clean page leaves. Returns how many pages did."""
         return self._drop_pages(file, 0, False, "invalidated")
 
-    def drop(self, file: CachedFile) -> int:
-        """Every clean page leaves, on request."""
-        return self._drop_pages(file, 0, False, "dropped")
+    def drop(self, file: CachedFile, indexes: Iterable[int] | None = None) -> int:
+        """Every clean page that is not pinned leaves, on request, of all groups or those at `indexes`; returns how many did."""
+        groups = [file.groups.get(index) for index in (list(file.groups) if indexes is None else indexes)]
+        dropped = sum(self.remove(group, group.evictable, "dropped") for group in groups if group is not None)
+        self.room.unpark_all()
+        return dropped
+
+    def _mark(self, group: Group, mask: int, transient: bool) -> None:
+        """Pages `mask` came, or were written, for one use or not."""
+        marks = group.file.transient
+        if transient:
+            marks[group.index] = marks.get(group.index, 0) | mask
+        elif group.index in marks:
+            marks[group.index] &= ~mask
+
+    def remove(self, group: Group, going: int, reason: str) -> int:
+        """CLEAN (or, discarded, DIRTY) pages `going` of a group leave other than by eviction; returns how many."""
+        if not going:
+            return 0
+        self.policy.remove(group.key, going)
+        return self._leave(group, going, reason)
 
     def give_up(self, file: CachedFile) -> int:
         """Every dirty page leaves unwritten, but for those a thread is working on; how many bytes of the file that were."""
@@ -417,25 +472,32 @@ class PageCache:
             going = group.uptodate & ~group.writeback & mask
             if not dirty_too:
                 going &= ~group.dirty
-            if going:
-                self.policy.remove(group.key, going)
-                dropped += self._leave(group, going, reason)
+            dropped += self.remove(group, going, reason)
         if dropped:
             self.room.unpark_all()
         if reason == "truncated":
-            for memory in (file.evicted, file.invalidated):
+            for memory in (file.evicted, file.invalidated, file.evicted_at):
                 for index in [i for i in memory if i >= from_page >> GROUP_SHIFT]:
-                    del memory[index]
+                    memory.pop(index)
         return dropped
 
     def _make_room(self, count: int, keep: Mapping[int, int] = _NOTHING) -> None:
         """Evicts until `count` more pages fit, none of `keep` ({group key: mask}), or raises NoRoom."""
         over = self.resident_pages + count - self.capacity_pages
-        if over > 0:
-            for key, mask in self.policy.victims(over, lambda key: self._groups[key].evictable & ~keep.get(key, 0)):
-                over -= self._leave(self._groups[key], mask, "capacity")
-            if over > 0:
-                raise NoRoom
+        if over > 0 and self.evict(over, keep) < over:
+            raise NoRoom
+
+    def evict(self, count: int, keep: Mapping[int, int] = _NOTHING) -> int:
+        """Evicts up to `count` pages, none of `keep`; returns how many."""
+        groups = self._groups
+        heed_pins = self.pinned_pages <= self.pin_limit_pages  # not where files grew after they were pinned
+
+        def may_go(key: int) -> int:
+            group = groups[key]
+            return (group.evictable if heed_pins else group.clean) & ~keep.get(key, 0)
+
+        victims = self.policy.victims(count, may_go)
+        return sum(self._leave(groups[key], mask, "capacity") for key, mask in victims)
 
     def _leave(self, group: Group, mask: int, reason: str) -> int:
         """CLEAN (or, discarded, DIRTY) pages become ABSENT; the policy has forgotten them already."""
@@ -447,6 +509,8 @@ class PageCache:
             self._count_dirty(group, -discarded)
         self._count_resident(file, -count)
         self.evictions[reason] += count
+        if reason == "capacity":
+            self.refault_distances.left(file, group.index, mask)
         if reason in ("capacity", "invalidated"):
             memory = file.evicted if reason == "capacity" else file.invalidated
             memory[group.index] = memory.get(group.index, 0) | mask
@@ -454,9 +518,14 @@ class PageCache:
         return count
 
     def _remember_no_more(self, group: Group, mask: int) -> None:
-        for memory in (group.file.evicted, group.file.invalidated):
-            if group.index in memory:
-                memory[group.index] &= ~mask
+        file, index = group.file, group.index
+        for memory in (file.evicted, file.invalidated):
+            if index in memory:
+                memory[index] &= ~mask
+                if not memory[index]:
+                    del memory[index]
+        if index not in file.evicted:
+            file.evicted_at.pop(index, None)
 
     # --- groups and counts -----------------------------------------------------------------------------------------
 
@@ -470,6 +539,7 @@ class PageCache:
             group = Group(file, index, *self.arena.allocate(need, near))
             if group.touched:
                 self.arena.leave_holes(group)
+            group.born = self.clock()
             file.groups[index] = self._groups[group.key] = group
         elif pages > group.capacity:
             self._move(group)
@@ -500,6 +570,16 @@ class PageCache:
     def _count_resident(self, file: CachedFile, count: int) -> None:
         file.resident_pages += count
         self.resident_pages += count
+        if file.pinned:
+            self.pinned_pages += count
+
+    def _count_filling(self, file: CachedFile, count: int) -> None:
+        file.filling_pages += count
+        self.filling_pages += count
+
+    def _count_redirtied(self, file: CachedFile, count: int) -> None:
+        file.redirtied_pages += count
+        self.redirtied_pages += count
 
     def _count_dirty(self, group: Group, count: int) -> None:
         file = group.file
@@ -512,18 +592,38 @@ class PageCache:
 
     # --- looking at it -----------------------------------------------------------------------------------------------
 
+    @property
+    def page_hits(self) -> int:
+        return self.accounts.total("page_hits")
+
+    @property
+    def page_misses(self) -> int:
+        return self.accounts.total("page_misses")
+
+    @property
+    def hit_bytes(self) -> int:
+        return self.accounts.total("hit_bytes")
+
+    @property
+    def miss_bytes(self) -> int:
+        return self.accounts.total("miss_bytes")
+
+    @property
+    def write_bytes(self) -> int:
+        return self.accounts.total("write_bytes")
+
     def statistics(self) -> CacheStatistics:
-        redirtied = 0
-        if self.dirty_pages and self.writeback_pages:
-            redirtied = sum((g.dirty & g.writeback).bit_count() for g in self._groups.values() if g.writeback)
-        unclean = self.dirty_pages + self.writeback_pages - redirtied
+        pinned = sum(file.clean_pages for file in self.pinned_files)
+        unclean = self.dirty_pages + self.writeback_pages - self.redirtied_pages
         return CacheStatistics(
             capacity_bytes=self.capacity_pages * PAGE_SIZE,
             resident_bytes=self.resident_pages * PAGE_SIZE,
-            clean_pages=self.resident_pages - self.filling_pages - unclean,
+            clean_pages=self.resident_pages - self.filling_pages - unclean - pinned,
             dirty_pages=self.dirty_pages,
-            writeback_pages=self.writeback_pages - redirtied,
+            writeback_pages=self.writeback_pages - self.redirtied_pages,
             filling_pages=self.filling_pages,
+            pinned_pages=pinned,
+            pin_limit_bytes=self.pin_limit_pages * PAGE_SIZE,
             page_hits=self.page_hits,
             page_misses=self.page_misses,
             hit_bytes=self.hit_bytes,
@@ -535,9 +635,12 @@ class PageCache:
             evictions=dict(self.evictions),
             misses=dict(self.misses),
             refaults=self.refaults,
+            refault_distances=self.refault_distances.snapshot(),
             readahead_used_pages=self.readahead_used,
             readahead_unused_pages=self.readahead_unused,
             readahead_late_pages=self.readahead_late,
+            programs=self.accounts.by_program(),
+            users=self.accounts.by_user(),
         )
 
     def groups(self) -> list[Group]:

@@ -20,6 +20,7 @@ latency honest. Linux's marker (ahead in [max, 2 max]) would queue a whole delay
 else's reads.
 """
 
+import sys
 from dataclasses import dataclass
 
 # Readers told apart on one handle; a database or a multi-part download rarely has more on one descriptor
@@ -31,10 +32,14 @@ DISORDER = 8
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Pages [start, start + size) that should become resident; the ones that are, or are being filled, cost nothing."""
+    """Pages [start, start + size) that should become resident; the ones that are, or are being filled, cost nothing.
+
+    `transient` ones are read once and not wanted afterwards.
+    """
 
     start: int
     size: int
+    transient: bool = False
 
 
 class Stream:
@@ -65,11 +70,18 @@ def next_size(size: int, max_pages: int) -> int:
 
 
 class Readahead:
-    """Decides what one open handle prefetches. `on_read` hears of every read before its pages are filled."""
+    """Decides what one open handle prefetches. `on_read` hears of every read before its pages are filled.
 
-    __slots__ = ("_current", "_previous", "_recent", "_streams")
+    For handles about which more is known, `least_pages` and `most_pages` bound the maximum that `on_read` is given: with a
+    least maximum each lone miss begins a stream, and with the largest window. `transient` says that what is read will not be
+    read again.
+    """
+
+    __slots__ = ("_current", "_previous", "_recent", "_streams", "least_pages", "most_pages", "transient")
 
     def __init__(self) -> None:
+        self.least_pages, self.most_pages = 0, sys.maxsize
+        self.transient = False
         self._current = Stream(-2, -2, -2, 0)  # the one that the last read belonged to; this one matches nothing
         self._streams: list[Stream] = []  # the one with the latest miss or marker first
         self._previous = -2  # page after the last read of any kind (Linux's prev_pos)
@@ -103,11 +115,17 @@ class Readahead:
                     break
             else:
                 return None  # a random or repeated hit
-        return self._on_event(first, count, missed, end, max_pages)
+        window = self._on_event(first, count, missed, end, max_pages)
+        return Window(window.start, window.size, True) if self.transient and window is not None else window
+
+    def describe(self) -> list[dict[str, int]]:
+        """The streams in pages, the one with the latest miss or marker first; for people."""
+        return [{"position": s.position, "marker": s.marker, "stop": s.stop, "window": s.size} for s in self._streams]
 
     def _on_event(self, first: int, count: int, missed: bool, end: int, max_pages: int) -> Window | None:
         """A miss, or a hit that may touch a stream other than the current one or reach a marker."""
         previous, self._previous = self._previous, first + count
+        max_pages = min(max(max_pages, self.least_pages), self.most_pages)
         if max_pages <= 0 or count <= 0:
             return None
         stream = self._find(first, count)
@@ -119,7 +137,7 @@ class Readahead:
             return _ask_again(stream, first, count, end, max_pages) if missed else None
         if not missed:
             return None
-        if first == 0 or self._is_sequential(first, previous):
+        if first == 0 or self.least_pages or self._is_sequential(first, previous):
             return self._begin(first, count, end, max_pages)
         # A standalone read: as it is, without polluting the streams.
         self._recent = [first + count, *self._recent[: MAX_STREAMS - 1]]
@@ -145,7 +163,7 @@ class Readahead:
     def _begin(self, first: int, count: int, end: int, max_pages: int) -> Window | None:
         """Starts a stream. The window holds the request too, so that one call can fetch both."""
         self._recent = [recent for recent in self._recent if first - recent not in (-1, 0)]
-        size = initial_size(count, max_pages)
+        size = max(initial_size(count, max_pages), self.least_pages // 2)
         stop = first + count
         stream = Stream(stop, stop, max(stop, first + size), size)
         self._use(stream)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import click
 
 from cachefs import __version__
-from cachefs.cli import discard, mount, status, sync, umount
+from cachefs.cli import discard, drop, ls, mount, pin, settings, stat, status, sync, umount, warm
 from cachefs.errors import CachefsError
 
 INTERRUPTED = 130
@@ -26,7 +26,10 @@ def commands() -> None:
     """
 
 
-for _command in (mount.command, umount.command, sync.command, status.command, discard.command):
+for _command in (
+    mount.command, umount.command, sync.command, status.command, discard.command, ls.command, stat.command, warm.command,
+    pin.command, pin.unpin_command, drop.command, settings.command,
+):  # fmt: skip
     commands.add_command(_command)
 
 

@@ -9,6 +9,7 @@ from cachefs.units import format_duration, format_size
 
 Figures = Mapping[str, Any]
 _LABEL_WIDTH = 14
+PROGRAMS_SHOWN = 5
 
 
 def progress_line(message: Figures) -> str:
@@ -104,9 +105,12 @@ def _rows(statistics: Figures, metrics: object) -> Iterator[tuple[str, str]]:
     cache, writeback = _part(statistics, "cache"), _part(statistics, "writeback")
     backing, filesystem = _part(statistics, "backing"), _part(statistics, "filesystem")
     yield "cache", _cache(cache) + f", {statistics.get('policy')}, kernel cache {statistics.get('kernel_cache')}"
+    if pinned := _count(cache, "pinned_pages"):
+        yield "pinned", f"{format_size(4096 * pinned)} of at most {format_size(_count(cache, 'pin_limit_bytes'))}"
     yield "hit rate", _hit_rates(cache)
     yield "reads", _reads(cache)
     yield "misses", _by_name(_part(cache, "misses"), "pages") + f", {_count(cache, 'refaults')} of them refaults"
+    yield from _programs(_part(cache, "programs"))
     yield "evictions", _by_name(_part(cache, "evictions"), "pages")
     yield "readahead", _readahead(cache)
     yield "dirty", _dirty(writeback)
@@ -116,6 +120,7 @@ def _rows(statistics: Figures, metrics: object) -> Iterator[tuple[str, str]]:
     yield "errors", _errors(_part(backing, "errors"), _part(writeback, "errors"))
     yield "backing", _backing(backing)
     yield from _calls(_part(backing, "durations"))
+    yield "time saved", format_duration(_count(filesystem, "saved_seconds")) + " (hits x latency)"
     yield "open", _open(filesystem)
     yield "metrics", str(metrics) if metrics else "off"
 
@@ -138,6 +143,19 @@ def _percent(part: float, whole: float) -> str:
 def _cache(cache: Figures) -> str:
     resident, capacity = _count(cache, "resident_bytes"), _count(cache, "capacity_bytes")
     return f"{format_size(resident)} of {format_size(capacity)} in use ({_percent(resident, capacity)})"
+
+
+def _programs(programs: Figures) -> Iterator[tuple[str, str]]:
+    """The programs that read and wrote most."""
+    amounts = ("hit_bytes", "miss_bytes", "write_bytes")
+    totals = {name: sum(_count(use, amount) for amount in amounts) for name, use in programs.items()}
+    label = "programs"
+    for name in sorted(filter(totals.get, totals), key=lambda name: -totals[name])[:PROGRAMS_SHOWN]:
+        hits, misses = (_count(programs[name], counter) for counter in ("page_hits", "page_misses"))
+        hit, missed, written = (_count(programs[name], amount) for amount in amounts)
+        amount = f"{format_size(hit + missed)} read, {format_size(written)} written"
+        yield label, f"{printable(name)}: {_percent(hits, hits + misses)} of pages hit, {amount}"
+        label = ""
 
 
 def _hit_rates(cache: Figures) -> str:

@@ -10,6 +10,7 @@ from cachefs import daemon, preflight
 from cachefs.cli.mountoptions import MountOptions, parse_mount_options
 from cachefs.config import OPTIONS, Config, Option, make_config
 from cachefs.errors import UsageError
+from cachefs.rules import SEPARATOR
 from cachefs.state import State
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -18,7 +19,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 def _config_options(function: Function) -> Function:
     """Gives a command every option of `cachefs.config.OPTIONS`, as text: `make_config` reads them all."""
     for option in reversed(OPTIONS):
-        function = click.option(*_declaration(option), default=None, help=_help(option), **_kind(option))(function)
+        function = click.option(*_declaration(option), help=_help(option), **_kind(option))(function)
     return function
 
 
@@ -34,7 +35,11 @@ def _help(option: Option) -> str:
 
 
 def _kind(option: Option) -> dict[str, Any]:
-    return {"metavar": option.metavar, "hidden": option.hidden} if option.metavar else {"is_flag": True}
+    if not option.metavar:
+        return {"is_flag": True, "default": None}
+    if option.repeatable:
+        return {"metavar": option.metavar, "multiple": True}
+    return {"metavar": option.metavar, "hidden": option.hidden, "default": None}
 
 
 @click.command("mount")
@@ -43,12 +48,14 @@ def _kind(option: Option) -> dict[str, Any]:
 @_config_options
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to stderr (for systemd).")
 @click.option("-o", "words", multiple=True, metavar="A,B=C", help="The same options and mount(8)'s, as in fstab.")
-def command(source: str, mountpoint: str, foreground: bool, words: tuple[str, ...], **options: str | bool | None) -> int:
+def command(
+    source: str, mountpoint: str, foreground: bool, words: tuple[str, ...], **options: str | bool | tuple[str, ...] | None
+) -> int:
     """Mount SOURCE, a directory, on MOUNTPOINT, an empty one.
 
     Sizes are written 512M, 2G, 10%, times 10ms, 30s, 5m. Returns when the mountpoint answers.
     """
-    given = {name: _as_text(value) for name, value in options.items() if value is not None}
+    given = {name: _as_text(value) for name, value in options.items() if value not in (None, ())}
     mounting = parse_mount_options(words)
     if mounting.remount:
         raise UsageError("-o remount is for mount(8): mount -o remount MOUNTPOINT")
@@ -56,7 +63,9 @@ def command(source: str, mountpoint: str, foreground: bool, words: tuple[str, ..
     return mount_now(config_of(source, mountpoint, mounting), foreground=foreground)
 
 
-def _as_text(value: str | bool) -> str:
+def _as_text(value: str | bool | tuple[str, ...] | None) -> str:
+    if isinstance(value, tuple):
+        return SEPARATOR.join(value)
     return value if isinstance(value, str) else "yes" if value else "no"
 
 

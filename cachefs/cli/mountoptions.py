@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from cachefs.config import MOUNT_FLAGS, OPTIONS, nearest
 from cachefs.errors import UsageError
+from cachefs.rules import SEPARATOR
 
 _NAMES = {option.name: option for option in OPTIONS}
 _ATIME_FLAGS = frozenset({"noatime", "relatime", "strictatime"})  # one of them at a time
@@ -72,6 +73,8 @@ def _take_value(options: MountOptions, name: str, equals: str, value: str) -> No
     is_flag = not _NAMES[name].metavar
     if not is_flag and not equals:
         raise UsageError(f"-o {name} needs a value: {name}={_NAMES[name].metavar}")
+    if _NAMES[name].repeatable and name in options.values:
+        value = options.values[name] + SEPARATOR + value
     options.values[name] = value or "yes" if is_flag else value
 
 

@@ -58,7 +58,7 @@ def wanted(record: logging.LogRecord) -> bool:
 
 
 def caller(ctx: RequestContext) -> Caller:
-    return Caller(ctx.uid, ctx.gid, ctx.umask, frozenset((ctx.gid,)))
+    return Caller(ctx.uid, ctx.gid, ctx.umask, frozenset((ctx.gid,)), ctx.pid)
 
 
 def groups_of(ctx: RequestContext, inode: Inode) -> frozenset[int]:
@@ -283,7 +283,7 @@ class Operations(pyfuse3.Operations):
     @request
     async def open(self, node: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         inode = self._inode(node)
-        arguments = (inode, flags, ctx.uid, groups_of(ctx, inode))
+        arguments = (inode, flags, ctx.uid, groups_of(ctx, inode), ctx.pid)
         opened = self.files.open_known(*arguments) if self.files.believed(inode) else None  # nothing to ask for
         if opened is None:
             known = functools.partial(self.files.open_known, *arguments)

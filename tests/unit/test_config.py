@@ -58,7 +58,8 @@ def test_every_option_is_read() -> None:
         "dirty_background": "4M", "dirty_expire": "2s", "writeback_interval": "500ms", "metadata_ttl": "0",
         "backing": "network", "backing_timeout": "5s", "metrics": "off", "state_dir": "/state", "simulate_latency": "10ms",
         "simulate_bandwidth": "200M", "log_level": "debug", "read_only": "yes", "allow_other": "no",
-        "fault_plan": "/plan", "durability": "journal", "journal_size": "64M", "fast_lane": "off",
+        "fault_plan": "/plan", "durability": "journal", "journal_size": "64M", "fast_lane": "off", "pin_limit": "8M",
+        "rule": "comm=tar advice=noreuse",
     }  # fmt: skip
     assert set(values) == {option.name for option in config_module.OPTIONS}
     default, config = config_with(), config_with(**values)

@@ -32,6 +32,7 @@ LIBRARIES = ("trio", "pyfuse3", "os", "mmap", "numpy", "click")
 FOREIGN = {
     "fsync", "sync", "stat", "open", "close", "read", "write", "umount", "mount", "systemctl", "journalctl", "fusermount3",
     "argparse", "madvise", "posix_fallocate", "ro", "noatime", "nosuid", "nodev", "noexec", "_netdev", "ruff", "mypy",
+    "user", "cachefs", "resident", "willneed", "dontneed", "noreuse", "random", "sequential",
     "wait", "park", "acquire_on_behalf_of", "_locked", "_bytes", "_pages", "_seconds", "_ns", *KERNEL_CACHE_MODES, *POLICY_NAMES,
 }  # fmt: skip
 AWAITS_OF = (
@@ -144,8 +145,8 @@ def test_every_link_leads_somewhere(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_target_and_option_exists(document: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
-    options = {option.dashed for option in OPTIONS} | {"--foreground", "--json", "--timeout", "--version", "--no-allow-other"}
-    options |= {"--dirty", "--yes"}
+    parameters = [parameter for command in commands.commands.values() for parameter in command.params]
+    options = {"--version", *(word for parameter in parameters for word in (*parameter.opts, *parameter.secondary_opts))}
     missing = []
     for text in marked(document):
         first, _, rest = text.partition(" ")

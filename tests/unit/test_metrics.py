@@ -25,7 +25,15 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from cachefs import __version__
 from cachefs.errors import CachefsError
 from cachefs.metrics import DEFINITIONS, MetricsServer, MountCollector, make_registry
-from cachefs.statistics import DURATION_BOUNDS_SECONDS, Histogram, HistogramSnapshot, Statistics
+from cachefs.statistics import (
+    DISTANCE_BOUNDS_BYTES,
+    DURATION_BOUNDS_SECONDS,
+    DistanceSnapshot,
+    Histogram,
+    HistogramSnapshot,
+    Statistics,
+    UseStatistics,
+)
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -37,12 +45,14 @@ openmetrics: Any = prometheus_client.openmetrics  # it has no type hints
 
 def invent(kind: Any, name: str, number: Callable[[], float]) -> Any:
     """A value of the type in which no number occurs twice, so that no field can be mistaken for another one."""
-    if is_dataclass(kind) and kind is not HistogramSnapshot:
+    if is_dataclass(kind) and kind not in (HistogramSnapshot, DistanceSnapshot):
         hints = get_type_hints(kind)
         values = {field.name: invent(hints[field.name], field.name, number) for field in fields(kind)}
         return kind(**values)  # type: ignore[operator]  # mypy takes it for an instance
     if kind is HistogramSnapshot:
         return HistogramSnapshot(tuple(int(number()) for _ in range(len(DURATION_BOUNDS_SECONDS) + 1)), number())
+    if kind is DistanceSnapshot:
+        return DistanceSnapshot(tuple(int(number()) for _ in range(len(DISTANCE_BOUNDS_BYTES) + 1)), int(number()))
     if kind is str:
         return MOUNTPOINT if name == "mountpoint" else name
     if kind in (int, float):
@@ -110,6 +120,8 @@ def test_each_series_shows_the_figure_it_is_named_after() -> None:
         "cachefs_cache_pages{state=dirty}": cache.dirty_pages,
         "cachefs_cache_pages{state=writeback}": cache.writeback_pages,
         "cachefs_cache_pages{state=filling}": cache.filling_pages,
+        "cachefs_cache_pages{state=pinned}": cache.pinned_pages,
+        "cachefs_pin_limit_bytes": cache.pin_limit_bytes,
         "cachefs_evictions_total{reason=capacity}": cache.evictions["capacity"],
         "cachefs_evictions_total{reason=dropped}": cache.evictions["dropped"],
         "cachefs_refaults_total": cache.refaults,
@@ -119,6 +131,19 @@ def test_each_series_shows_the_figure_it_is_named_after() -> None:
         "cachefs_readahead_pages_total{outcome=used}": cache.readahead_used_pages,
         "cachefs_readahead_pages_total{outcome=unused}": cache.readahead_unused_pages,
         "cachefs_readahead_pages_total{outcome=late}": cache.readahead_late_pages,
+        "cachefs_refault_distance_bytes_sum": cache.refault_distances.total_bytes,
+        "cachefs_refault_distance_bytes_bucket{le=1048576.0}": cache.refault_distances.counts[0],
+        "cachefs_process_page_hits_total{comm=read}": cache.programs["read"].page_hits,
+        "cachefs_process_page_misses_total{comm=read}": cache.programs["read"].page_misses,
+        "cachefs_process_hit_bytes_total{comm=read}": cache.programs["read"].hit_bytes,
+        "cachefs_process_miss_bytes_total{comm=read}": cache.programs["read"].miss_bytes,
+        "cachefs_process_write_bytes_total{comm=fsync}": cache.programs["fsync"].write_bytes,
+        "cachefs_user_page_hits_total{uid=read}": cache.users["read"].page_hits,
+        "cachefs_user_page_misses_total{uid=read}": cache.users["read"].page_misses,
+        "cachefs_user_hit_bytes_total{uid=read}": cache.users["read"].hit_bytes,
+        "cachefs_user_miss_bytes_total{uid=read}": cache.users["read"].miss_bytes,
+        "cachefs_user_write_bytes_total{uid=fsync}": cache.users["fsync"].write_bytes,
+        "cachefs_saved_seconds_total": filesystem.saved_seconds,
         "cachefs_dirty_bytes": writeback.dirty_bytes,
         "cachefs_dirty_limit_bytes": writeback.dirty_limit_bytes,
         "cachefs_oldest_dirty_seconds": writeback.oldest_dirty_seconds,
@@ -179,7 +204,7 @@ def test_bounded_label_values_are_there_before_anything_has_happened() -> None:
         *(f"cachefs_read_requests_total{{result={result}}}" for result in ("hit", "partial", "miss")),
         *(
             f"cachefs_evictions_total{{reason={reason}}}"
-            for reason in ("capacity", "dropped", "invalidated", "truncated")
+            for reason in ("capacity", "dropped", "invalidated", "noreuse", "truncated")
         ),
         "cachefs_writeback_errors_total{errno=EIO}",
         "cachefs_backing_errors_total{errno=EIO}",
@@ -206,6 +231,16 @@ def test_histograms_are_cumulative_and_agree_with_what_was_observed() -> None:
     assert [buckets[bound] for bound in (0.000025, 0.0001, 0.00025, 0.0005, 0.1, 0.25, 10.0)] == [1, 1, 2, 3, 3, 4, 4]
     assert found[f"{name}_count{{op=read}}"] == buckets[float("inf")] == 5
     assert found[f"{name}_sum{{op=read}}"] == pytest.approx(60.20056)
+
+
+def test_names_of_programs_that_are_no_text_are_valid_labels_and_add_up() -> None:
+    statistics = idle()
+    programs = {
+        "\udcff": UseStatistics(1, 2, 3, 4, 5), "\\xff": UseStatistics(10, 20, 30, 40, 50), 'a"\n': UseStatistics(7, 0, 0, 0, 0),
+    }  # fmt: skip
+    found = series(replace(statistics, cache=replace(statistics.cache, programs=programs)))
+    assert found["cachefs_process_hit_bytes_total{comm=\\xff}"] == 33
+    assert found['cachefs_process_page_hits_total{comm=a"\n}'] == 7
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cachefs.cache import wishes
 from cachefs.cache.page import PAGE_SIZE
-from cachefs.cache.policy import POLICIES
+from cachefs.cache.policy import POLICIES, make
 from cachefs.inode import Inode
 from world import Leftovers, World, content
 
@@ -59,7 +60,10 @@ looks = st.tuples(
     files, st.just((0, 0, 0)), numbers,
 )  # fmt: skip
 alone = st.tuples(
-    st.sampled_from(("unlink", "reopen", "change", "drop", "discard", "pressure", "pause", "fault", "fault", "stream")),
+    st.sampled_from((
+        "unlink", "reopen", "change", "drop", "discard", "pressure", "pause", "fault", "fault", "stream",
+        "pin", "advise", "policy",
+    )),
     files, st.just((0, 0, 0)), numbers,
 )  # fmt: skip
 together = st.tuples(st.just("together"), st.lists(st.one_of(reads, writes, looks, truncates), min_size=2, max_size=8))
@@ -117,6 +121,7 @@ class Harness:
 
     async def start(self) -> None:
         self.tracked = [await self.make(size) for size in SIZES]
+        self.world.cache.pin_limit_pages = self.setting.pages // 4
 
     @property
     def excused(self) -> bool:
@@ -223,6 +228,15 @@ class Harness:
             case "drop":
                 assert tracked.inode.file is not None
                 world.cache.drop(tracked.inode.file)
+            case "pin":
+                assert tracked.inode.file is not None
+                wishes.pin(world.cache, tracked.inode.file, not tracked.inode.file.pinned)
+            case "advise":
+                readahead = world.files.handles[tracked.handle].readahead
+                readahead.transient = not readahead.transient
+                readahead.most_pages = (0, 2, 1000)[number % 3]
+            case "policy":
+                wishes.use_policy(world.cache, make(sorted(POLICIES)[number % len(POLICIES)], self.setting.pages))
             case "discard":
                 file = tracked.inode.file
                 if await world.files.discard_unwritten(tracked.inode) and file is not None:
