@@ -152,8 +152,8 @@ def traced(mount: Mount) -> Iterator[dict[str, int]]:
         tracer.terminate()
         tracer.communicate(timeout=DEADLINE_SECONDS)
     source = re.escape(str(mount.source))
-    line = re.compile(rf"\d+ +(p?(read|write)\w*)\(\d+<{source}/[^>]*>.*\) = (\d+)$")
-    resumed = re.compile(r"(\d+) +<\.\.\. \w+ resumed>.*\) = (-?\d+)")
+    line = re.compile(rf"\d+ +(p?(read|write)\w*)\(\d+<{source}/[^>]*>.*\) += (\d+)$")
+    resumed = re.compile(r"(\d+) +<\.\.\. \w+ resumed>.*\) += (-?\d+)")
     unfinished = re.compile(rf"(\d+) +p?(read|write)\w*\(\d+<{source}/[^>]*>.* <unfinished")
     pending: dict[str, str] = {}
     for text in log.read_text(errors="replace").splitlines():
