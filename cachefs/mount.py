@@ -92,6 +92,7 @@ class Mount:
         self.metrics: MetricsServer | None = None
         self.kernel_cache = config.kernel_cache  # the mode in effect
         self._device: str | None = None  # of the mount, in mountinfo; None before there is one
+        self._connected = False  # before, while a predecessor's data is written, the kernel knows nothing that it could forget
         self._answering = trio.Event()  # or it never will, and `_unmounted` is set
         self._serving = trio.Event()
         self._unmounted = trio.Event()
@@ -158,6 +159,7 @@ class Mount:
             connection, self.stack.fs, self.kernel_cache, self.config.metadata_ttl_seconds, self._answering.set,
             self.config.fast_lane,
         )  # fmt: skip
+        self._connected = True
         nursery.start_soon(self._serve_fuse)
 
     async def _serve_fuse(self) -> None:
@@ -209,7 +211,7 @@ class Mount:
             self.stack.pins.kick()
 
     def _forget_in_kernel(self, inode: Inode) -> None:
-        if not self._unmounted.is_set():
+        if self._connected and not self._unmounted.is_set():
             self.tasks.start_soon(self.invalidate, inode.node)
 
     def _settings_changed(self, config: Config) -> None:
@@ -218,7 +220,7 @@ class Mount:
 
     def _gone(self, parent: Inode, name: bytes) -> None:
         """Somebody else has removed or replaced what had this name: the kernel is to ask again."""
-        if not self._unmounted.is_set():
+        if self._connected and not self._unmounted.is_set():
             self.session.forget_name(parent.node, name)
 
     async def invalidate(self, node: int) -> None:
