@@ -65,7 +65,7 @@ class Commands:
         """Lists what is not on the backing of a path; asks nothing of the backing."""
         for part in self.ledger.parts(path=path_of(request)):
             await send({"unwritten": part})
-        await send({"done": True, "kept": f"in the memory of process {os.getpid()} until that ends"})
+        await send({"done": True, "kept": self.mount.kept or f"in the memory of process {os.getpid()} until that ends"})
 
     async def _sync(self, request: Mapping[str, object], send: Send) -> None:
         """Writes out what is at or below a path and has the backing make it durable; lists what could not be."""
@@ -76,7 +76,7 @@ class Commands:
         try:
             async with self.ledger.selecting(path) as (inodes, tree), self._progress_to(send, inodes if path else None):
                 try:
-                    failed, undurable = await self.ledger.sync(inodes, tree)
+                    failed, undurable = await self.stack.io.ask(self.ledger.sync, inodes, tree)
                 except OSError as error:
                     problem = error
         except OSError as error:
@@ -114,7 +114,7 @@ class Commands:
         self.pending += 1
         try:
             async with self._progress_to(send):
-                await self.stack.writeback.flush_all()
+                await self.stack.write_out()
                 try:
                     await self.mount.unmount(lazy=False)
                 except OSError as error:
@@ -125,7 +125,7 @@ class Commands:
                 await self.mount.finished.wait()
             for start in range(0, len(self.mount.failed), ENTRIES_AT_ONCE):
                 await send({"unwritten": self.mount.failed[start : start + ENTRIES_AT_ONCE]})
-            await send({"done": True, "kept": self.mount.kept})
+            await send({"done": True, "kept": self.mount.kept_at_end})
         finally:
             self.pending -= 1
             self.answered.unpark_all()

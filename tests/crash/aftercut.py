@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-
 from checking import Seen, look
 from contents import explain_difference
 from record import DONE, INTENT, Entry

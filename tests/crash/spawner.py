@@ -15,7 +15,7 @@ import sys
 
 import cachefs.cli
 import cachefs.cli.mount
-import cachefs.mount  # noqa: F401  # what `cachefs mount` imports late
+import cachefs.mount  # what `cachefs mount` imports late
 
 
 def be_the_command(words: list[str], environment: dict[str, str], output: str) -> None:
