@@ -82,7 +82,8 @@ class Laptop:
                 complaints += [f"the log says: {line}" for line in place.bad_lines(UNPLACED)]
                 complaints += self.database.check_after_cut(place.path, moment_ns, self.entries[self.database.name])
                 place.unmount()
-                return complaints + self._look(place, place.source, moment_ns)
+                complaints += self._look(place, place.source, moment_ns)
+                return [*complaints, place.log_text()] if complaints else []
             finally:
                 place.remove()
 
@@ -118,7 +119,7 @@ def test_what_fsync_returned_for_survives_a_power_cut(tmp_path: Path, spawner: S
         moments = sorted(source.randrange(begun, ended) for _ in range(cuts))
         for number, (moment, image) in enumerate(laptop.disk.cuts(moments, source)):
             complaints = laptop.check(moment, image, number)
-            assert complaints == [], f"seed {seed}, cut {number} of {cuts}"
+            assert complaints == [], f"seed {seed}, cut {number} of {cuts}: " + "\n".join(complaints)
     finally:
         laptop.close()
 
