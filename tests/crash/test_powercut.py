@@ -108,7 +108,7 @@ def spawner() -> Iterator[Spawner]:
 
 @pytest.mark.parametrize("mode", ["backing", "journal"])
 @pytest.mark.parametrize("cuts", [4, pytest.param(40, marks=pytest.mark.crash)])
-def test_what_fsync_returned_for_survives_a_power_cut(tmp_path: Path, spawner: Spawner, mode: str, cuts: int, no_umask: None) -> None:
+def test_what_fsync_returned_for_survives_a_power_cut(tmp_path: Path, spawner: Spawner, mode: str, cuts: int) -> None:
     seed = seed_of(f"power {mode} {cuts}")
     source = random.Random(seed)
     tuning = ["--cache-size", "16M", "--dirty-expire", source.choice(["50ms", "1s"]), "--writeback-interval", "20ms"]
@@ -123,7 +123,7 @@ def test_what_fsync_returned_for_survives_a_power_cut(tmp_path: Path, spawner: S
         laptop.close()
 
 
-def test_a_disk_that_is_older_than_the_last_fsync_is_found_out(tmp_path: Path, spawner: Spawner, no_umask: None) -> None:
+def test_a_disk_that_is_older_than_the_last_fsync_is_found_out(tmp_path: Path, spawner: Spawner) -> None:
     """The check of the test above can fail: here the power goes earlier than the record is told."""
     laptop = Laptop(tmp_path, spawner, ["--cache-size", "16M"])
     try:
