@@ -51,6 +51,10 @@ class Backing(ABC):
         """Another descriptor of the inode behind `fd`, with access of its own; flags as in `open`, never creating."""
 
     @abstractmethod
+    def redirect(self, fd: int, to: int) -> None:
+        """Makes `fd` lead to what `to` leads to, for calls that begin from now on; `to` stays as it is."""
+
+    @abstractmethod
     def close(self, fd: int) -> None:
         """Gives a descriptor back."""
 
@@ -95,6 +99,14 @@ class Backing(ABC):
     def start_sync(self, fd: int, offset: int, nbytes: int) -> None:
         """Begins to make a range durable, so that `fsync` has less to do later. A hint: waits for nothing, reports nothing."""
         return
+
+    @abstractmethod
+    def flush(self, fd: int) -> None:
+        """Waits until the store has taken what was written to a file, and reports what it has not, as close(2) does.
+
+        Where writes may go no further than this machine at first (NFS, sshfs), only this tells what has become of them.
+        Durable it need not be. Not on O_PATH descriptors.
+        """
 
     @abstractmethod
     def fsync(self, fd: int, datasync: bool) -> None:
@@ -165,6 +177,10 @@ class Backing(ABC):
     @abstractmethod
     def open_handle(self, handle: bytes, flags: int) -> int:
         """A descriptor of the inode that `file_handle` named; ESTALE if it is gone, EPERM without the right to ask."""
+
+    def watch_path(self, fd: int) -> str | None:
+        """What inotify_add_watch takes for the directory behind `fd`; None where changes by others cannot be watched."""
+        return None
 
     def shutdown(self) -> None:
         """Gives back what the store itself holds open; no call may follow."""

@@ -72,11 +72,13 @@ def _timespec(time_ns: int | None) -> _Timespec:
 class DirectoryBacking(Backing):
     """A store that is a directory of this machine, local disk and network mount alike.
 
-    The constructor raises OSError if `path` is not a directory that can be listed.
+    The constructor raises OSError if `path` is not a directory that can be listed. `flushes` is False where a flush is so dear
+    that it is left to the end: an object store uploads the whole file.
     """
 
-    def __init__(self, path: str | bytes | os.PathLike[str], blocking: bool = False) -> None:
+    def __init__(self, path: str | bytes | os.PathLike[str], blocking: bool = False, flushes: bool = True) -> None:
         self.blocking = blocking
+        self._flushes = flushes
         self._top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # open_by_handle_at refuses O_PATH
         self._device = os.fstat(self._top).st_dev
         self._mount_id = self._top_mount_id()
@@ -108,6 +110,9 @@ class DirectoryBacking(Backing):
     def reopen(self, fd: int, flags: int) -> int:
         return os.open(_path(fd), _opening(flags) & ~NEVER_ON_REOPEN)
 
+    def redirect(self, fd: int, to: int) -> None:
+        os.dup2(to, fd, inheritable=False)
+
     def listdir(self, dirfd: int) -> list[bytes]:
         # By path, not descriptor: callers that share `dirfd` do not share a position then, and names come as bytes.
         return os.listdir(_path(dirfd).encode())
@@ -125,6 +130,10 @@ class DirectoryBacking(Backing):
 
     def start_sync(self, fd: int, offset: int, nbytes: int) -> None:
         _libc.sync_file_range(fd, offset, nbytes, SYNC_FILE_RANGE_WRITE)
+
+    def flush(self, fd: int) -> None:
+        if self._flushes:
+            os.close(os.dup(fd))
 
     def fsync(self, fd: int, datasync: bool) -> None:
         if datasync:
@@ -205,6 +214,9 @@ class DirectoryBacking(Backing):
         raw = _FileHandle(len(data), int.from_bytes(kind, "little", signed=True))
         ctypes.memmove(raw.data, data, len(data))
         return _checked(_libc.open_by_handle_at(self._top, ctypes.byref(raw), _opening(flags) & ~NEVER_ON_REOPEN))
+
+    def watch_path(self, fd: int) -> str | None:
+        return None if self.blocking else _path(fd)
 
     def shutdown(self) -> None:
         os.close(self._top)

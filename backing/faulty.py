@@ -8,7 +8,7 @@ A plan is a list of rules, as JSON::
 A rule looks at the calls of one operation ("*": all of them), lets the first `after` pass (0) and then strikes the next
 `count` (null: for ever). It strikes with one or several of: `delay_seconds`, `hang` (until released), `errno` (the call
 fails without being made), `short` (preadv and pwritev move at most so many bytes). The first rule that strikes wins.
-`close` is counted and never spoiled.
+`close` and `redirect` are counted and never spoiled.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Plan = Sequence[Mapping[str, object]]
 
-OPERATIONS = frozenset(Backing.__abstractmethods__) - {"close"}
+NEVER_SPOILED = frozenset({"close", "redirect"})  # they only change what numbers mean
+OPERATIONS = frozenset(Backing.__abstractmethods__) - NEVER_SPOILED
 DATA_OPERATIONS = frozenset({"preadv", "pwritev"})
 HANG_POLL_SECONDS = 0.05
 
@@ -157,7 +158,7 @@ class FaultyBacking(Wrapper):
         with self._lock:
             self._reload()
             self.calls[operation] += 1
-            if operation == "close":
+            if operation in NEVER_SPOILED:
                 return None, self._released
             striking = [rule for rule in self._rules if rule.matches(operation) and rule.strikes()]
             return (striking[0] if striking else None), self._released

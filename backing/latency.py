@@ -22,7 +22,7 @@ class LatencyBacking(Wrapper):
     """A store behind a line: each call waits the latency, and file data then shares one link of limited bandwidth.
 
     Calls made at the same time wait out their latencies together, but their data goes over the link one after the
-    other, in the order of the calls. A bandwidth of 0 has no limit. Closing is free.
+    other, in the order of the calls. A bandwidth of 0 has no limit. Closing and redirecting are free.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LatencyBacking(Wrapper):
         self._link_free_at = 0.0
 
     def around(self, operation: str, call: Callable[..., T], args: tuple[Any, ...]) -> T:
-        if operation == "close":
+        if operation in ("close", "redirect"):
             return call(*args)
         started = self._clock()
         if operation == "pwritev":

@@ -42,6 +42,7 @@ class Wrapper(Backing):
     open_root = _through(Backing.open_root)
     open = _through(Backing.open)
     reopen = _through(Backing.reopen)
+    redirect = _through(Backing.redirect)
     close = _through(Backing.close)
     stat = _through(Backing.stat)
     fstat = _through(Backing.fstat)
@@ -51,6 +52,7 @@ class Wrapper(Backing):
     preadv_nowait = _through(Backing.preadv_nowait)
     pwritev = _through(Backing.pwritev)
     truncate = _through(Backing.truncate)
+    flush = _through(Backing.flush)
     fsync = _through(Backing.fsync)
     syncfs = _through(Backing.syncfs)
     mknod = _through(Backing.mknod)
@@ -73,6 +75,9 @@ class Wrapper(Backing):
 
     def open_stat(self, dirfd: int, name: bytes, flags: int, mode: int = 0) -> tuple[int, os.stat_result]:
         return self.around("open", self.inner.open_stat, (dirfd, name, flags, mode))
+
+    def watch_path(self, fd: int) -> str | None:
+        return None if self.blocking else self.inner.watch_path(fd)
 
     def shutdown(self) -> None:
         self.inner.shutdown()

@@ -1,9 +1,12 @@
 """Calls to the backing: inline where it is local, in threads where it may take long, and timed in either case."""
 
 import errno
+import logging
+import math
+import os
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import trio
@@ -11,23 +14,43 @@ import trio
 from backing.base import Backing
 from cachefs.cache.speed import BackingSpeed
 from cachefs.statistics import BackingStatistics, Histogram
+from cachefs.tasks import Spawner
+from cachefs.watchdog import GONE, Unreachable, Watchdog, getting_on
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+TIMEOUT_SECONDS = 30.0
 LOCAL_CALL_BYTES = 128 << 10  # of one pwritev to a local file: for larger ones ext4 looks for large folios, up to 10 x as long
-THREADS_MAX = 64  # calls under way at once; readahead over a distant store wants many, each thread costs 8 KiB or so
+THREADS_MAX = 64  # calls of a kind under way at once; readahead over a distant store wants many, a thread costs 8 KiB or so
+# Each kind has threads of its own, the rest is one kind: reads that hang must not keep data from being saved.
+KINDS = {"read": "read", "write": "write", "fsync": "sync", "syncfs": "sync", "close": "close"}
 
 
 class BackingIO:
-    """The one place that calls `backing`. State belongs to the trio thread; threads only run the call itself."""
+    """The one place that calls `backing`. State belongs to the trio thread; threads only run the call itself.
 
-    def __init__(self, backing: Backing) -> None:
+    `watchdog` bounds the waiting for a backing that may hang; `tasks` runs what goes on when nobody waits for it any more.
+    """
+
+    def __init__(self, backing: Backing, tasks: Spawner | None = None, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         self.backing = backing
+        self.watchdog = Watchdog(tasks if backing.blocking else None, timeout_seconds, self._probe)
         self.speed = BackingSpeed()
         self.durations: dict[str, Histogram] = {}  # {op: durations}
         self.errors: Counter[str] = Counter()  # {errno name: calls}
         self.read_bytes = 0
-        self._limiter = trio.CapacityLimiter(THREADS_MAX)
-        self._writers = trio.CapacityLimiter(THREADS_MAX)  # of their own: reads that hang must not keep data from being saved
+        self._limiters: defaultdict[str, trio.CapacityLimiter] = defaultdict(lambda: trio.CapacityLimiter(THREADS_MAX))
+        self._unlimited = trio.CapacityLimiter(math.inf)
+
+    def ask(
+        self,
+        function: Callable[..., Awaitable[T]],
+        *args: object,
+        memory: Callable[[], T | None] | None = None,
+        undo: Callable[[T], Awaitable[object]] | None = None,
+    ) -> Awaitable[T]:
+        """`function(*args)`, for a request; on a backing far away it waits no longer than it may, see `Watchdog.ask`."""
+        return self.watchdog.ask(function, args, memory, undo) if self.watchdog.watching else function(*args)
 
     async def call(self, op: str, function: Callable[..., T], *args: object) -> T:
         """`function(*args)`, which calls the backing. Inline it is atomic: no checkpoint."""
@@ -38,22 +61,63 @@ class BackingIO:
             return function(*args)
         except OSError as error:
             self._count_error(error)
-            raise
+            raise self.told(error) from None
         finally:
             self._observe(op, time.perf_counter() - start)
 
     async def in_thread(self, op: str, function: Callable[..., T], *args: object) -> T:
         """The same in a thread. Not cancelled half way: a call that was begun is waited for."""
+        limiter = self._limiters[KINDS.get(op, "")]
+        call = await self.watchdog.begin(op, limiter) if self.watchdog.watching else None
         start = time.perf_counter()
         try:
-            # Not abandoned when cancelled (trio's default): the call was begun.
-            limiter = self._writers if op in ("write", "fsync", "syncfs") else self._limiter
-            return await trio.to_thread.run_sync(function, *args, limiter=limiter)
+            if call is None:  # not abandoned when cancelled (trio's default)
+                return await trio.to_thread.run_sync(function, *args, limiter=limiter)
+            with call.scope:  # a shield
+                return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True, limiter=self._unlimited)
+            await trio.lowlevel.checkpoint_if_cancelled()  # at the end of the mount, see `Watchdog.abandon`
+            raise self.watchdog.refusal()
         except OSError as error:
             self._count_error(error)
-            raise
+            raise self.told(error) from None
         finally:
+            if call is not None:
+                self.watchdog.end(call)
             self._observe(op, time.perf_counter() - start)
+
+    def close(self, fd: int) -> None:
+        """Gives back a descriptor of file data. Far away that is a call like others, and nobody waits for it."""
+        if self.watchdog.tasks:
+            self.watchdog.tasks.start_soon(self._close, fd)
+        else:
+            self.backing.close(fd)
+
+    async def _close(self, fd: int) -> None:
+        try:
+            await self.in_thread("close", self.backing.close, fd)
+        except OSError as error:
+            if not self.watchdog.lost:  # else no news
+                log.warning("closing a file of SOURCE: %s", error.strerror)
+
+    def _probe(self) -> None:
+        """Asks for something that nobody this side of the backing has in store; in a thread."""
+        fd = self.backing.open_root()
+        try:
+            self.backing.statvfs(fd)
+        except OSError as error:
+            if error.errno in GONE:
+                raise
+            self.backing.fstat(fd)  # maybe it can do all but this one thing
+        finally:
+            self.backing.close(fd)
+
+    def told(self, error: OSError) -> OSError:
+        """The error as programs are to have it: the errnos of a backing that is gone would say that our mount is."""
+        if error.errno not in GONE and error.errno != errno.ETIMEDOUT:
+            return error
+        self.watchdog.doubt()
+        number = errno.EIO if error.errno in GONE else errno.ETIMEDOUT
+        return Unreachable(number, os.strerror(number))
 
     def read_now(self, fd: int, buffers: list[memoryview], offset: int) -> int:
         """What the backing has at hand; BlockingIOError where it would wait."""
@@ -91,6 +155,9 @@ class BackingIO:
             read_bytes=self.read_bytes,
             latency_seconds=self.speed.latency_seconds,
             bandwidth_bytes_per_second=self.speed.bandwidth_bytes_per_second,
+            lost=int(self.watchdog.lost),
+            silent_seconds=self.watchdog.silent_seconds,
+            timeouts=self.watchdog.timeouts,
         )
 
 
@@ -112,6 +179,8 @@ def read_fully(backing: Backing, fd: int, buffers: list[memoryview], offset: int
 def write_fully(backing: Backing, fd: int, buffers: list[memoryview], offset: int) -> None:
     """Writes all of `buffers`; runs in a thread."""
     while buffers:
+        if backing.blocking:
+            getting_on(sum(len(buffer) for buffer in buffers))
         nbytes = backing.pwritev(fd, buffers if backing.blocking else _first(buffers, LOCAL_CALL_BYTES), offset)
         if not nbytes:
             raise OSError(errno.EIO, "the backing wrote nothing")

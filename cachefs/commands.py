@@ -76,7 +76,7 @@ class Commands:
         try:
             async with self.ledger.selecting(path) as (inodes, tree), self._progress_to(send, inodes if path else None):
                 try:
-                    failed, undurable = await self.ledger.sync(inodes, tree)
+                    failed, undurable = await self.stack.io.ask(self.ledger.sync, inodes, tree)
                 except OSError as error:
                     problem = error
         except OSError as error:
@@ -111,7 +111,7 @@ class Commands:
         self.pending += 1
         try:
             async with self._progress_to(send):
-                await self.stack.writeback.flush_all()
+                await self.stack.write_out()
                 try:
                     await self.mount.unmount(lazy=False)
                 except OSError as error:

@@ -52,6 +52,7 @@ OPTIONS = (
     Option("journal_size", "SIZE", "most disk for the journal of unwritten data; writers wait at it", "1G"),
     Option("metadata_ttl", "TIME", "how long names and attributes are believed", "1s"),
     Option("backing", "KIND", "is SOURCE a local disk or far away", "auto", BACKING_KINDS),
+    Option("backing_timeout", "TIME", "how long SOURCE may take to answer, if far away, before requests fail", "30s"),
     Option("metrics", "ADDRESS:PORT", "where Prometheus finds /metrics; port 0 = any, off = nowhere", "127.0.0.1:9477"),
     Option("state_dir", "DIR", "where locks and logs live", "/var/lib/cachefs or ~/.local/state/cachefs"),
     Option("simulate_latency", "TIME", "make every call to SOURCE take longer (experiments)", "0"),
@@ -82,6 +83,7 @@ class Config:
     journal_size_bytes: int
     metadata_ttl_seconds: float
     backing: str  # auto | local | network
+    backing_timeout_seconds: float
     metrics_host: str | None  # None = off
     metrics_port: int  # 0 = any
     metrics_asked: bool  # asked for by name, so that a taken port is an error
@@ -129,6 +131,7 @@ def make_config(
         journal_size_bytes=_journal_size(asked, limit_bytes),
         metadata_ttl_seconds=_duration(asked, "metadata_ttl"),
         backing=_choice(asked, "backing"),
+        backing_timeout_seconds=_interval(asked, "backing_timeout"),
         metrics_host=host,
         metrics_port=port,
         metrics_asked="metrics" in asked,
@@ -234,7 +237,7 @@ def _duration(asked: Mapping[str, str], name: str) -> float:
 
 
 def _interval(asked: Mapping[str, str], name: str) -> float:
-    """A duration between wake-ups, where nought would be a busy loop."""
+    """A duration that may not be nought: it would be a busy loop, or no time to answer in."""
     seconds = _duration(asked, name)
     if seconds < 0.01:
         raise UsageError(f"{_OPTIONS[name].dashed} {asked[name]!r} is too short: give at least 10ms")

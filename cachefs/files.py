@@ -3,6 +3,7 @@
 A hit goes `read` -> `PageCache.lookup` and back with no await that could give the turn to somebody else.
 """
 
+import contextlib
 import errno
 import math
 import os
@@ -19,12 +20,14 @@ from cachefs.cache.fill import Filler
 from cachefs.cache.page import PAGE_SHIFT
 from cachefs.cache.pagecache import PageCache
 from cachefs.cache.readahead import Window
+from cachefs.conflicts import Conflicts
 from cachefs.descriptors import Descriptors
 from cachefs.handle import Handle
 from cachefs.inode import Inode, patched, signature_of
 from cachefs.keeper import Keeper
 from cachefs.source import DataDescriptors, FileSource
 from cachefs.space import Space
+from cachefs.watchdog import Unreachable
 from cachefs.writeback import Writeback
 
 CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of file times, so that ours and the backing's do not cross
@@ -56,7 +59,10 @@ class Opened:
 
 
 class Files:
-    """All open files. `changed(inode)` is called when the backing turned out to have other contents than the cache had."""
+    """All open files. `changed(inode)` is called when the backing turned out to have other contents than the cache had.
+
+    `gone(parent, name)` is called when a file turned out to have another name, `opened(inode)` at each first open.
+    """
 
     def __init__(
         self,
@@ -69,6 +75,7 @@ class Files:
         readahead_max_bytes: int,
         metadata_ttl_seconds: float,
         changed: Callable[[Inode], None],
+        gone: Callable[[Inode, bytes], None],
     ) -> None:
         self.io = io
         self.descriptors = descriptors
@@ -77,8 +84,12 @@ class Files:
         self.writeback = writeback
         self.keeper = keeper
         self.data = DataDescriptors(io, descriptors)
-        self.data.noticed = self._noticed
         self.space = Space(io, descriptors, writeback)
+        self.conflicts = Conflicts(io, descriptors, self.data, self._noticed, gone)
+        self.data.keep_theirs = self._keep_theirs
+        self.data.keep_ours = self._keep_ours
+        self.data.looked = self.absorb
+        self.opened: Callable[[Inode], None] = lambda inode: None
         self.handles: dict[int, Handle] = {}
         self.changed = changed
         self.ttl_seconds = metadata_ttl_seconds
@@ -93,7 +104,7 @@ class Files:
     def absorb(self, inode: Inode, st: os.stat_result, fresh: bool = False) -> None:
         """Takes in attributes just read from the backing. If somebody else changed the file, its clean pages leave.
 
-        While anything of ours is unwritten, size and times are ours to tell and a change cannot be told from our own.
+        While anything of ours is unwritten, size and times are ours to tell, and who writes it will keep both versions.
         Unless they are known to be `fresh`, we may have changed the file since they were read.
         """
         file = inode.file
@@ -103,10 +114,15 @@ class Files:
             return  # the times may be those of our own write, before it has restored them
         inode.st = st
         inode.checked_at = trio.current_time()
-        if file is None or file.unwritten or inode.locked:
+        if file is None or inode.locked:
             return
-        if signature_of(st) != inode.signature:
-            self._changed_underneath(inode, file, st)
+        if not file.unwritten:
+            inode.unsure = False
+            if signature_of(st) != inode.signature:
+                self._changed_underneath(inode, file, st)
+        elif not inode.unsure and signature_of(st)[:2] not in (inode.signature[:2], inode.noticed):
+            inode.noticed = signature_of(st)[:2]
+            self._noticed(inode)
 
     def _changed_underneath(self, inode: Inode, file: CachedFile, st: os.stat_result) -> None:
         inode.signature = signature_of(st)
@@ -116,7 +132,7 @@ class Files:
         self.changed(inode)
 
     def _noticed(self, inode: Inode) -> None:
-        """Somebody else has changed a file that we are writing: what is clean leaves, what is ours stays ours."""
+        """Somebody else has changed a file that we have unwritten data of: what is clean leaves, what is ours stays ours."""
         if inode.file is not None:
             inode.changes += 1
             self.cache.invalidate(inode.file)
@@ -136,8 +152,13 @@ class Files:
         inode.unsynced = True
         inode.checked_at = trio.current_time()
         file, signature = inode.file, signature_of(st)
-        if not contents and file is not None and not file.unwritten and signature[:2] != inode.signature[:2]:
-            self._changed_underneath(inode, file, st)  # by somebody else, just before
+        if contents:
+            inode.unsure = False
+        elif file is not None and signature[:2] != inode.signature[:2]:
+            if file.unwritten:  # by our writeback, which is not done yet, or by somebody else: writeback will see
+                signature = (*inode.signature[:2], signature[2])
+            else:
+                self._changed_underneath(inode, file, st)  # by somebody else, just before
         inode.signature = signature
         if inode.journaled is not None:
             self.keeper.changed(inode)
@@ -155,13 +176,22 @@ class Files:
                 return self.absorb(inode, st, fresh=True)
 
     async def notice_locked(self, inode: Inode) -> None:
-        """Notices somebody else's change before one of ours makes it look like ours. By a caller that holds `inode.lock`."""
+        """Notices somebody else's change before one of ours to contents or mtime makes it look like ours.
+
+        By a caller that holds `inode.lock`, right before its change. If we have unwritten data, that version is kept.
+        """
         file = inode.file
-        if file is not None and not file.unwritten:
+        if file is None:
+            return
+        if not (file.unwritten and (inode.unsure or inode.unlinked or self.believed(inode))):
             epoch = inode.epoch
             st = await self._stat(inode)
-            if epoch == inode.epoch and not file.unwritten and signature_of(st) != inode.signature:
+            if file.unwritten:
+                if signature_of(st)[:2] != inode.signature[:2]:
+                    await self.conflicts.keep_theirs(inode)
+            elif epoch == inode.epoch and signature_of(st) != inode.signature:
                 self._changed_underneath(inode, file, st)
+        inode.unsure = True  # until what the change has made of the file was seen
 
     async def readopt(self, inode: Inode, contents: bool = False, **known: int) -> bool:
         """Reads the attributes after a change of our own, again if there was one more meanwhile; whether that worked.
@@ -176,7 +206,7 @@ class Files:
                 if epoch == inode.epoch:
                     self.adopt(inode, st, contents)
                     return True
-            self.adopt(inode, st, contents=True)  # too busy to tell somebody else's change from ours
+            self.adopt(inode, st, contents or not inode.unwritten)  # too busy to tell somebody else's change from ours
             return True
         except OSError:
             inode.epoch += 1
@@ -197,7 +227,25 @@ class Files:
             inode.busy -= 1
             self.data.settle(inode)
 
+    async def _keep_theirs(self, inode: Inode) -> None:
+        """For writeback, which has begun and written nothing."""
+        self.keeper.halt(inode)
+        await self.conflicts.keep_theirs(inode)
+        self.keeper.begin(inode)
+
+    async def _keep_ours(self, inode: Inode) -> None:
+        if await self.conflicts.keep_ours(inode) is not None:
+            self.keeper.rebound(inode)
+
     # --- open and close ------------------------------------------------------------------------------------------------
+
+    def open_known(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS) -> Opened | None:
+        """A handle on a file far away, with no look at the backing; None where one is needed, whatever is known."""
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if flags & os.O_TRUNC or (writable and inode.writer < 0):
+            return None
+        inode.opens += 1
+        return self._opened(inode, inode.file is not None, False, flags, uid, gids)
 
     async def open(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS) -> Opened:
         """A handle. On a backing far away, a file whose attributes are fresh is opened there when it is first needed."""
@@ -219,7 +267,12 @@ class Files:
             inode.opens -= 1
             self.data.settle(inode)
             raise
+        return self._opened(inode, known, changed, flags, uid, gids)
+
+    def _opened(self, inode: Inode, known: bool, changed: bool, flags: int, uid: int, gids: frozenset[int]) -> Opened:
+        self.ensure_file(inode)
         # A look-up may have noticed a change before, and the kernel's pages may not be gone yet.
+        self.opened(inode)
         unchanged = known and inode.changes == inode.changes_told
         inode.changes_told = inode.changes
         return Opened(self._new_handle(inode, flags, uid, gids), unchanged, changed)
@@ -229,6 +282,7 @@ class Files:
         inode.opens += 1
         self.data.created(inode, fd)
         self.ensure_file(inode)
+        self.opened(inode)
         return Opened(self._new_handle(inode, flags, uid, gids), True, False)
 
     def ensure_file(self, inode: Inode) -> CachedFile:
@@ -247,7 +301,7 @@ class Files:
         """close(2): on a backing far away the data goes there now, unless the journal is to be enough; errors are reported."""
         handle = self.handles[number]
         if self.io.backing.blocking and self.keeper.synced is None and handle.writable and handle.inode.unwritten:
-            await self._write_out(handle.inode)
+            await self.io.ask(self._write_out, handle.inode)
         self._report(handle)
 
     async def release(self, number: int) -> None:
@@ -262,7 +316,8 @@ class Files:
         if inode.unwritten and (closed := len(self.writeback.dirty) - len(self.handles)) > DIRTY_CLOSED_MAX // 2:
             self.writeback.write_soon()  # side by side, while programs go on
             if closed > DIRTY_CLOSED_MAX:
-                await self._write_out(next(iter(self.writeback.dirty)))
+                with contextlib.suppress(Unreachable):
+                    await self.io.ask(self._write_out, next(iter(self.writeback.dirty)))
 
     async def _write_out(self, inode: Inode) -> None:
         """Flushes; what goes wrong is remembered on the inode, for each handle to report."""
@@ -312,13 +367,14 @@ class Files:
         if file is None or not data:
             return 0
         if not self.space.has_room(offset, len(data), file.size, not handle.uid):
-            data = data[: await self.space.admit(inode, offset, len(data), file.size, not handle.uid)]
+            data = data[: await self.io.ask(self.space.admit, inode, offset, len(data), file.size, not handle.uid)]
         if handle.uid and inode.st.st_mode & SET_ID:
-            await self.kill_set_id(inode, handle.gids)
+            await self.io.ask(self.kill_set_id, inode, handle.gids)
         if offset + len(data) > EXTEND_AT_ONCE_BYTES and offset + len(data) > inode.st.st_size:
-            await self._extend(inode, offset + len(data))
+            await self.io.ask(self._extend, inode, offset + len(data))
         if self.writeback.must_throttle(len(data)):
-            await self.writeback.throttle(len(data))
+            with self.io.watchdog.patience():
+                await self.writeback.throttle(len(data))
         now = now_ns(inode)
         inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
 
@@ -332,9 +388,9 @@ class Files:
 
         await self.filler.write(file, offset, data, dirtied)
         if not safe:
-            await self.writeback.flush(inode)
+            await self.io.ask(self.writeback.flush, inode)
         if handle.synchronous:
-            await self.fsync(number, True)
+            await self.io.ask(self.fsync, number, True)
         return len(data)
 
     async def _extend(self, inode: Inode, size: int) -> None:
@@ -410,15 +466,18 @@ class Files:
         self.data.unsynced.pop(inode, None)  # what is written from now on is not this call's
         inode.busy += 1
         try:
+            await self.data.renew(inode)
             fd = inode.writer if inode.writer >= 0 else await self.data.reader(inode)
             inode.unsynced = False
             await self.io.in_thread("fsync", self.io.backing.fsync, fd, datasync)
-        except OSError as error:  # the backing tells each descriptor once, and all handles share ours
+        except BaseException as error:
             inode.unsynced = True
             if self.io.backing.blocking:
                 self.data.unsynced[inode] = None
-            inode.error_count += 1
-            inode.error_errno = error.errno or errno.EIO
+            if isinstance(error, OSError):  # the backing tells each descriptor once, and all handles share ours
+                self.data.doubt(inode, error)
+                inode.error_count += 1
+                inode.error_errno = error.errno or errno.EIO
             raise
         finally:
             inode.busy -= 1

@@ -19,11 +19,13 @@ from cachefs.backingio import BackingIO
 from cachefs.descriptors import Descriptors
 from cachefs.files import Files, Opened
 from cachefs.handle import DirectoryHandle
-from cachefs.inode import Inode, InodeTable
+from cachefs.inode import NO_XATTRS, Inode, InodeTable
 from cachefs.writeback import Writeback
 
 STATS_AT_ONCE = 32  # entries of a far away directory that are looked at side by side
 ACL_DEFAULT = b"system.posix_acl_default"
+# What the kernel asks for on its own when it checks whether somebody may go somewhere or run something.
+XATTRS_REMEMBERED = frozenset((b"system.posix_acl_access", ACL_DEFAULT, b"security.capability"))
 SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
@@ -65,6 +67,7 @@ class FileSystem:
         self._last_directory = 0
         self._idle: dict[Inode, None] = {}  # inodes that nobody uses but that have cached pages, in the order of the last look
         self._user = (os.geteuid(), os.getegid())
+        self.statvfs_known: os.statvfs_result | None = None  # as it was last
 
     # --- finding -------------------------------------------------------------------------------------------------------
 
@@ -76,7 +79,25 @@ class FileSystem:
 
     async def find(self, parent: Inode, name: bytes) -> Inode:
         """The same for ourselves: no lookup is counted."""
-        return self._found(parent, name, await self.descriptors.at("lookup", parent, self.backing.stat, name))
+        known = self.table.named(parent, name)
+        try:
+            st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
+        except FileNotFoundError:
+            if self.table.named(parent, name) is known:  # else the name was given meanwhile, after this answer
+                self.table.nothing_at(parent, name)
+            raise
+        return self._found(parent, name, st)
+
+    def lookup_known(self, parent: Inode, name: bytes) -> Inode | None:
+        """`lookup` from memory, for when the backing does not answer; None if we know of no such name."""
+        inode = self.table.named(parent, name)
+        if inode is not None:
+            inode.lookups += 1
+        return inode
+
+    async def unlook(self, inode: Inode) -> None:
+        """Takes a lookup back of which the kernel was not told."""
+        self.forget(inode.node, 1)
 
     def _found(self, parent: Inode, name: bytes, st: os.stat_result) -> Inode:
         inode = self.table.add(st)
@@ -138,9 +159,13 @@ class FileSystem:
     # --- attributes ----------------------------------------------------------------------------------------------------
 
     async def getattr(self, inode: Inode) -> None:
-        """Brings `inode.attributes()` up to date."""
+        """Brings `inode.attributes()` up to date, if the backing answers."""
         if inode.is_dir or not self.files.believed(inode):  # what changes in a directory changes it too, unnoticed here
-            await self.files.refresh(inode)
+            await self.io.ask(self._refreshed, inode, memory=lambda: inode)
+
+    async def _refreshed(self, inode: Inode) -> Inode:
+        await self.files.refresh(inode)
+        return inode
 
     async def setattr(self, inode: Inode, changes: Changes, uid: int, gids: frozenset[int] = frozenset()) -> None:
         async with inode.lock:
@@ -176,7 +201,9 @@ class FileSystem:
         """
         if op == "utime":
             await self.files.notice_locked(inode)
+            self.files.keeper.touching(inode)
         await self.descriptors.at(op, inode, method, *args)
+        inode.xattrs = NO_XATTRS
         await self.files.readopt(inode, contents=op == "utime", **known)
         inode.ctime_shown = (inode.ctime_shown[0], inode.st.st_ctime_ns)
 
@@ -264,11 +291,23 @@ class FileSystem:
                     await self.io.call("chmod", self.backing.chmod, fd, stat.S_IMODE(mode))
                 st = await self.io.call("stat", self.backing.fstat, fd)
         except BaseException:
-            self.backing.close(fd)
+            self.io.close(fd)
             raise
         inode = self._found(parent, name, st)
         inode.lookups += 1
         return inode, self.files.open_created(inode, fd, flags, caller.uid, caller.gids)
+
+    async def uncreate(self, made: tuple[Inode, Opened]) -> None:
+        """Closes what was created too late for anybody to be told. The file stays."""
+        inode, opened = made
+        inode.lookups -= 1
+        await self.unopen(opened)
+
+    async def unopen(self, opened: Opened) -> None:
+        """Closes a handle of which the kernel was not told."""
+        inode = self.files.handles[opened.number].inode
+        await self.files.release(opened.number)
+        self.drop(inode)
 
     async def link(self, inode: Inode, parent: Inode, name: bytes) -> Inode:
         def link(fd: int, dirfd: int) -> None:
@@ -282,13 +321,15 @@ class FileSystem:
         return inode
 
     async def readlink(self, inode: Inode) -> bytes:
-        return await self.descriptors.at("readlink", inode, self.backing.readlink)
+        inode.target = await self.descriptors.at("readlink", inode, self.backing.readlink)
+        return inode.target
 
     # --- removing and renaming -----------------------------------------------------------------------------------------
 
     async def unlink(self, parent: Inode, name: bytes) -> None:
         async with self._going(parent, name) as (st, inode):
             await self.descriptors.at("unlink", parent, self.backing.unlink, name)
+            self.table.nothing_at(parent, name)
             if inode is not None:
                 self.table.unname(inode, parent, name)
                 await self._lost_a_name(inode, st)
@@ -296,6 +337,7 @@ class FileSystem:
     async def rmdir(self, parent: Inode, name: bytes) -> None:
         async with self._going(parent, name) as (st, inode):
             await self.descriptors.at("rmdir", parent, self.backing.rmdir, name)
+            self.table.nothing_at(parent, name)
             if inode is not None:
                 self.table.unname(inode, parent, name)
                 await self._lost_a_name(inode, st)
@@ -308,7 +350,13 @@ class FileSystem:
             if st is not None and inode is not None and (inode.lookups or inode.opens):
                 with contextlib.suppress(OSError):
                     await stack.enter_async_context(self.descriptors.holding(inode))
-            yield st, inode
+            if inode is not None:
+                inode.losing += 1  # whoever writes it meanwhile is not to take that for somebody else's doing
+            try:
+                yield st, inode
+            finally:
+                if inode is not None:
+                    inode.losing -= 1
         if inode is not None and inode.unlinked:
             self.drop(inode)
 
@@ -338,6 +386,8 @@ class FileSystem:
             await self.descriptors.at_two("rename", parent, new_parent, rename)
             if st is not None and target_st is not None and (st.st_dev, st.st_ino) == (target_st.st_dev, target_st.st_ino):
                 return  # two names of one file: nothing happens
+            self.table.nothing_at(parent, name)
+            self.table.nothing_at(new_parent, new_name)
             if target is not None:
                 self.table.unname(target, new_parent, new_name)
                 if flags & RENAME_EXCHANGE:
@@ -350,6 +400,7 @@ class FileSystem:
             self.table.unname(inode, parent, name)
             self.table.name(inode, new_parent, new_name)
             self._moved(inode)
+            self.files.opened(inode)
             await self.files.readopt(inode)
 
     def _moving(self, inode: Inode, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes) -> None:
@@ -404,14 +455,27 @@ class FileSystem:
                     made = found[i] = self._found(parent, names[i], st)
                     made.lookups += 1
             return found
-        async with trio.open_nursery() as nursery:
-            for i in range(len(names)):
-                nursery.start_soon(look, i)
-        if errors:  # a directory that cannot be read must not look like an empty one
-            for inode in filter(None, found):
-                self.forget(inode.node, 1)
-            raise errors[0]
+        try:
+            async with trio.open_nursery() as nursery:
+                for i in range(len(names)):
+                    nursery.start_soon(look, i)
+            if errors:  # a directory that cannot be read must not look like an empty one
+                raise errors[0]
+        except BaseException:
+            await self.unlook_all(found)
+            raise
         return found
+
+    def entries_known(self, number: int, names: Sequence[bytes]) -> list[Inode | None] | None:
+        """The same from memory; None if we do not know all of them."""
+        parent = self.directories[number].inode
+        if any(self.table.named(parent, name) is None for name in names):
+            return None
+        return [self.lookup_known(parent, name) for name in names]
+
+    async def unlook_all(self, found: Sequence[Inode | None]) -> None:
+        for inode in filter(None, found):
+            self.forget(inode.node, 1)
 
     def _stat_all(self, dirfd: int, names: Sequence[bytes]) -> list[os.stat_result | None]:
         found: list[os.stat_result | None] = []
@@ -436,10 +500,21 @@ class FileSystem:
     # --- the rest ------------------------------------------------------------------------------------------------------
 
     async def statvfs(self) -> os.statvfs_result:
-        return await self.descriptors.at("statvfs", self.table.root, self.backing.statvfs)
+        self.statvfs_known = await self.descriptors.at("statvfs", self.table.root, self.backing.statvfs)
+        return self.statvfs_known
 
-    async def getxattr(self, inode: Inode, name: bytes) -> bytes:
-        return await self.descriptors.at("getxattr", inode, self.backing.getxattr, name)
+    async def getxattr(self, inode: Inode, name: bytes) -> bytes | int:
+        """A value, or the errno that says why there is none. Some are remembered, see `Inode.xattrs`."""
+        found: bytes | int
+        try:
+            found = await self.descriptors.at("getxattr", inode, self.backing.getxattr, name)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+            found = error.errno
+        if name in XATTRS_REMEMBERED:
+            inode.xattrs = {**inode.xattrs, name: found}
+        return found
 
     async def listxattr(self, inode: Inode) -> list[bytes]:
         return await self.descriptors.at("listxattr", inode, self.backing.listxattr)

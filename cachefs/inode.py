@@ -7,7 +7,7 @@ not to another file. See `cachefs.descriptors` for the descriptors.
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -24,6 +24,7 @@ _NUMBERED_FIELDS = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid
 _NAMED_FIELDS = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blksize", "st_blocks", "st_rdev")
 
 Signature = tuple[int, int, int]
+NO_XATTRS: Mapping[bytes, bytes | int] = {}
 
 
 def signature_of(st: os.stat_result) -> Signature:
@@ -50,9 +51,10 @@ class Inode:
     """
 
     __slots__ = (
-        "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "epoch", "error_count",
-        "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "key", "lookups", "mtime_ns", "names", "node", "opens",
-        "reader", "retry_at", "retry_seconds", "signature", "st", "tries", "unlinked", "unsynced", "writer",
+        "_lock", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "doubtful", "epoch", "error_count",
+        "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "key", "lookups", "losing", "mtime_ns", "names", "node",
+        "noticed", "opens", "reader", "retry_at", "retry_seconds", "signature", "st", "target", "tries", "unlinked", "unsure",
+        "unsynced", "writer", "xattrs",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -64,10 +66,13 @@ class Inode:
         self.fd_busy = 0  # calls under way that use `fd`
         self.handle: bytes | None = None  # name for open_by_handle_at, made when `fd` is closed
         self.reader = self.writer = -1  # descriptors for data; may be the same
+        self.doubtful = False  # something went wrong with them that may have been theirs alone
         self.busy = 0  # fills and writebacks under way that use them
         self.file: CachedFile | None = None
         self.st = st  # the backing's attributes when last seen
         self.signature = signature_of(st)  # of the contents that the cached pages are of
+        self.unsure = False  # a change of ours may have made the backing's signature another one, which was not seen yet
+        self.noticed: tuple[int, int] | None = None  # mtime and size of the last version of others seen beside unwritten data
         self.checked_at = 0.0
         self.changes = self.changes_told = 0  # made by others: noticed so far, and when the kernel last opened it
         self.epoch = 0  # grows with every change we make, so that attributes read meanwhile are known to be stale
@@ -79,8 +84,11 @@ class Inode:
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
         self.tries = 0  # failures of writeback since it last succeeded
         self._lock: trio.Lock | None = None
-        self.unlinked = False  # its last name is gone
+        self.unlinked = False  # its last name is gone, by our doing
+        self.losing = 0  # unlinks and renames of ours under way that may take its last name
         self.unsynced = True  # the backing may have something of it that is not durable there
+        self.target: bytes | None = None  # of a symbolic link, once asked for; it never changes
+        self.xattrs = NO_XATTRS  # what checking a path needs: values, or the errno that says why there is none
 
     @property
     def lock(self) -> trio.Lock:
@@ -140,6 +148,7 @@ class InodeTable:
         self._device = root_st.st_dev
         self._by_node = {ROOT_NODE: self.root}
         self._by_key = {self.root.key: self.root}
+        self._by_name: dict[tuple[Inode, bytes], Inode] = {}  # of all that had a name (`Inode.names`) who was seen there last
         self._next_node = FIRST_MADE_UP_NODE
 
     def __len__(self) -> int:
@@ -169,16 +178,29 @@ class InodeTable:
         self._next_node += 1
         return self._next_node
 
+    def named(self, parent: Inode, name: bytes) -> Inode | None:
+        """The inode that was last seen as `name` in `parent`, if it is known and nothing has been seen in its place."""
+        return self._by_name.get((parent, name))
+
     def name(self, inode: Inode, parent: Inode, name: bytes) -> None:
         """Notes that `inode` was found as `name` in `parent`."""
-        if (parent, name) not in inode.names:
-            inode.names[parent, name] = None
+        key = (parent, name)
+        if key not in inode.names:
+            inode.names[key] = None
             parent.children += 1
+        self._by_name[key] = inode
 
     def unname(self, inode: Inode, parent: Inode, name: bytes) -> None:
-        if (parent, name) in inode.names:
-            del inode.names[parent, name]
+        key = (parent, name)
+        if key in inode.names:
+            del inode.names[key]
             parent.children -= 1
+            if self._by_name.get(key) is inode:
+                del self._by_name[key]
+
+    def nothing_at(self, parent: Inode, name: bytes) -> None:
+        """Notes that there is nothing of that name. An inode that had it may still be tried there, should this be wrong."""
+        self._by_name.pop((parent, name), None)
 
     def paths(self, inode: Inode) -> tuple[bytes, ...]:
         """Its names as paths relative to the root, oldest first, a few of them at most."""
@@ -206,9 +228,8 @@ class InodeTable:
                 del self._by_key[inode.key]
             dropped.append(inode)
             parents = [parent for parent, _ in inode.names]
-            inode.names.clear()
-            for parent in parents:
-                parent.children -= 1
+            for parent, name in list(inode.names):
+                self.unname(inode, parent, name)
             if not parents:
                 break
             for parent in parents[1:]:
@@ -221,12 +242,20 @@ class InodeTable:
         if self._by_key.get(inode.key) is inode:
             del self._by_key[inode.key]
 
+    def rebind(self, inode: Inode, st: os.stat_result) -> None:
+        """The inode is another file of the backing from now on; for the kernel, and whoever has it open, it is the same."""
+        self.renumbered(inode)
+        inode.key = (st.st_dev, st.st_ino)
+        self._by_key[inode.key] = inode  # one that was found there meanwhile is an inode of its own, as if it were gone
+
     def check(self) -> None:
         children: dict[Inode, int] = {}
         for inode in self:
             assert self._by_node[inode.node] is inode
             for parent, _ in inode.names:
                 children[parent] = children.get(parent, 0) + 1
+        for key, inode in self._by_name.items():
+            assert key in inode.names and self._by_node.get(inode.node) is inode, "a name of an inode that is not known by it"
         for inode in self:
             assert inode.children == children.get(inode, 0), "children miscounted"
             assert inode.lookups >= 0 and inode.opens >= 0 and inode.busy >= 0 and inode.fd_busy >= 0

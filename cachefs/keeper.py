@@ -110,13 +110,21 @@ class Keeper:
             self._note(journal, kept)
         return journal.seq
 
-    def end(self, inode: Inode, extents: list[tuple[int, int]], last_seq: int, failed: bool) -> None:
+    def halt(self, inode: Inode) -> None:
+        """Writeback has written nothing yet, and something else comes first: what changes meanwhile is not of our making."""
+        kept = inode.journaled
+        if self.journal is not None and kept is not None:
+            kept.record.writing = False
+            kept.record.signature = inode.signature
+            self._note(self.journal, kept)
+
+    def end(self, inode: Inode, extents: list[tuple[int, int]], last_seq: int) -> None:
         """The backing has these extents (offset, bytes) as they were at `last_seq`, the result of `begin`."""
         journal, kept = self.journal, inode.journaled
         if journal is None or kept is None:
             return
         pages = [page for offset, nbytes in extents for page in _pages(offset, nbytes)]
-        kept.record.writing = failed
+        kept.record.writing, kept.record.cutting = inode.unsure, False
         kept.record.signature = inode.signature
         self._remove(journal, inode, kept, pages, last_seq)
 
@@ -193,9 +201,7 @@ class Keeper:
         journal, kept, file = self.journal, inode.journaled, inode.file
         if journal is None or kept is None or file is None:
             return
-        kept.record.signature = inode.signature
-        kept.record.cutting = False
-        kept.record.size = file.size
+        kept.record.size = file.size  # and its signature once it was looked at: see `changed`
         self._remove(journal, inode, kept, _behind(kept, file.size), journal.seq)
         page, tail = divmod(size, PAGE_SIZE)
         if tail and page in kept.cover:  # what lies behind the end must not come back when the file grows
@@ -216,6 +222,23 @@ class Keeper:
         kept = inode.journaled
         if self.journal is not None and kept is not None:
             kept.record.mtime_ns = inode.mtime_ns
+            kept.record.signature = inode.signature
+            kept.record.cutting = False
+            self._note(self.journal, kept)
+
+    def touching(self, inode: Inode) -> None:
+        """Its times are about to be set: if we end half way, that is not somebody else's doing."""
+        kept = inode.journaled
+        if self.journal is not None and kept is not None:
+            kept.record.cutting = True
+            self._note(self.journal, kept)
+
+    def rebound(self, inode: Inode) -> None:
+        """It is another file of the backing from now on, with the contents that it had."""
+        kept = inode.journaled
+        if self.journal is not None and kept is not None:
+            kept.record.device, kept.record.number = inode.key
+            kept.record.handle, kept.record.paths = self._handle(inode), self.table.paths(inode)
             kept.record.signature = inode.signature
             self._note(self.journal, kept)
 

@@ -89,9 +89,14 @@ class Ledger:
         return {
             "path": None if path is None else os.fsdecode(path),
             "offset": 0, "length": 0,
-            "error": errno.errorcode.get(inode.error_errno, str(inode.error_errno)) if inode.tries else None,
+            "error": self._reason(inode),
             "tries": inode.tries, "age_seconds": 0.0, "next_try_seconds": 0.0, "inode": inode.node,
         }  # fmt: skip
+
+    def _reason(self, inode: Inode) -> str | None:
+        watchdog = self.files.io.watchdog
+        number = watchdog.errno if watchdog.lost else inode.error_errno if inode.tries else 0
+        return errno.errorcode.get(number, str(number)) if number else None
 
     def _entries(self, inode: Inode, group: Group, about: dict[str, object]) -> Iterator[dict[str, object]]:
         now, file = self.files.cache.clock(), group.file

@@ -19,6 +19,7 @@ from cachefs.config import Config
 from cachefs.daemon import Ready
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode
+from cachefs.leftover import leave_descriptors
 from cachefs.metrics import MetricsServer, make_registry
 from cachefs.recovery import Predecessor, Recovery
 from cachefs.stack import Stack, raise_descriptor_limit
@@ -28,6 +29,7 @@ from cachefs.store import make_backing
 from cachefs.tasks import Guarded
 from cachefs.transport import negotiate, seam
 from cachefs.transport.operations import Operations
+from cachefs.watchdog import Unreachable
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ SWITCH_SECONDS = 0.0005  # a thread back from the backing waits no longer for th
 LAST_TRIES = 5  # at the end, for files whose writeback fails
 LAST_TRY_PAUSE_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for programs that still have files open when SIGTERM came
+REQUESTS_MAX = 500  # under way at once: some hundred that wait for SOURCE must not keep cached pages from being served
 RETIRE_SECONDS = 1.0
 LOGGED = ("path", "offset", "length", "error")  # of an entry
 SWEEP_SECONDS, SWEEP_INODES = 1.0, 1000  # ~1 ms of every second
@@ -50,13 +53,17 @@ def serve(config: Config, state: State, ready: Ready) -> int:
     os.umask(0)  # modes come with the callers' own umask
     backing = make_backing(config)
     predecessor = Predecessor(config, state.directory) if config.durability != "none" else None
+    mount = Mount(config, state, backing, predecessor)
     try:
-        return trio.run(functools.partial(Mount(config, state, backing, predecessor).run, ready))
+        return trio.run(functools.partial(mount.run, ready))
     except BaseExceptionGroup as group:
         # Not `except*`: what is raised in there comes out in a group again.
         problem = _lone_problem(group)
         if problem is None:
             raise
+    finally:
+        if mount.lost:
+            leave_descriptors(config.source)
     raise problem
 
 
@@ -79,9 +86,11 @@ class Mount:
         self.failed: list[dict[str, object]] = []  # entries of what could not be written, at the end
         self.kept_at_end: str | None = None  # where that is from then on; None = nowhere: it is lost
         self.exit_status = 0
+        self.lost = False  # whether SOURCE was, at the end
         self.metrics: MetricsServer | None = None
         self.kernel_cache = config.kernel_cache  # the mode in effect
         self._device: str | None = None  # of the mount, in mountinfo; None before there is one
+        self._answering = trio.Event()  # or it never will, and `_unmounted` is set
         self._serving = trio.Event()
         self._unmounted = trio.Event()
         self.finished = trio.Event()
@@ -92,35 +101,46 @@ class Mount:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals)
             self.tasks = Guarded(nursery)
-            self.stack = Stack(self.config, self.backing, self.tasks, self._changed)
-            self.commands = Commands(self)
-            notes = await self._recover(ready)
+            self.stack = Stack(self.config, self.backing, self.tasks, self._changed, self._gone)
             try:
-                self._connect(nursery)
-                await self._start_services(nursery)
-                await trio.to_thread.run_sync(os.stat, self.config.mountpoint)
-                if self.kernel_cache != "off":
-                    await trio.to_thread.run_sync(
-                        negotiate.set_kernel_readahead, self.config.mountpoint, self.config.readahead_max_bytes >> 10
-                    )
-                ready({"metrics": self.metrics_url, "notes": notes})
-                log.info("serving %s on %s", self.config.source, self.config.mountpoint)
-                self._serving.set()
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await self.unmount(lazy=True)
-                raise
-            await self._unmounted.wait()
-            await self._finish()
-            nursery.cancel_scope.cancel()
+                await self._serve(ready, nursery)
+            finally:  # of all that is under way, threads that hang in SOURCE included
+                nursery.cancel_scope.cancel()
+                self.stack.io.watchdog.abandon()
+                self.lost = self.stack.io.watchdog.lost
         return self.exit_status
+
+    async def _serve(self, ready: Ready, nursery: trio.Nursery) -> None:
+        self.commands = Commands(self)
+        if self.stack.io.watchdog.watching:
+            self.tasks.start_service(self.stack.io.watchdog.run)
+        notes = await self._recover(ready)
+        try:
+            self._connect(nursery)
+            await self._start_services(nursery)
+            await self._answering.wait()
+            if self.kernel_cache != "off" and self._device is not None:
+                negotiate.set_kernel_readahead(self._device, self.config.readahead_max_bytes >> 10)
+            ready({"metrics": self.metrics_url, "notes": notes})
+            log.info("serving %s on %s", self.config.source, self.config.mountpoint)
+            self._serving.set()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.unmount(lazy=True)
+            raise
+        await self._unmounted.wait()
+        await self._finish()
 
     async def _recover(self, ready: Ready) -> list[str]:
         """Writes what a killed predecessor could not, before the mountpoint answers; returns what the user has to know of it."""
         if self.predecessor is None:
             return []
         recovery = Recovery(self.stack, self.predecessor, lambda done, total: ready({"progress": [done, total]}))
-        await recovery.run()
+        try:
+            await self.stack.io.ask(recovery.run)
+        except Unreachable as error:
+            why = f"SOURCE {self.config.source} does not answer ({error.strerror})"
+            raise CachefsError(f"{why}: what the journal has for it is kept; mount again when it does") from None
         return recovery.notes
 
     def _connect(self, nursery: trio.Nursery) -> None:
@@ -132,26 +152,34 @@ class Mount:
             log.warning("this kernel cannot map files of a mount that sees every read: using --kernel-cache open")
             self.kernel_cache = "open"
         self.operations = Operations(
-            self.stack.fs, self.kernel_cache, self.config.metadata_ttl_seconds, connection.hand_over
+            self.stack.fs, self.kernel_cache, self.config.metadata_ttl_seconds, functools.partial(self._begin, connection)
         )
         pyfuse3.init(self.operations, f"/dev/fd/{connection.session_fd}", set())
         seam.enable()
         nursery.start_soon(self._serve_fuse)
 
+    def _begin(self, connection: negotiate.Connection) -> None:
+        """Requests are answered from now on. We make none of our own: were we killed first, our thread would wait for ever."""
+        connection.hand_over()
+        self._answering.set()
+
     async def _serve_fuse(self) -> None:
         try:
-            await pyfuse3.main()
+            await pyfuse3.main(max_tasks=REQUESTS_MAX)
         except Exception:
             log.critical("no more requests can be served", exc_info=True)  # what was acknowledged is still written out
             self.exit_status = 1
         finally:
             self._unmounted.set()
+            self._answering.set()
 
     async def _start_services(self, nursery: trio.Nursery) -> None:
         self.tasks.start_service(self.stack.writeback.run)
         self.tasks.start_service(self._sweep)
         self.tasks.start_service(self._retire)
         self.tasks.start_service(self.stack.files.space.watch)
+        if self.stack.watcher is not None:
+            self.tasks.start_service(self.stack.watcher.run)
         await nursery.start(controlserver.serve, self.state.socket_path, self.commands.handlers())
         if self.config.metrics_host is not None:
             token = trio.lowlevel.current_trio_token()
@@ -169,12 +197,18 @@ class Mount:
     async def _retire(self) -> None:
         while True:
             await trio.sleep(RETIRE_SECONDS)
-            await self.stack.keeper.retire()
+            if not self.stack.io.watchdog.lost:
+                await self.stack.keeper.retire()
 
     def _changed(self, inode: Inode) -> None:
-        """The file's contents changed underneath: the kernel's pages of it are wrong too."""
-        if self.kernel_cache != "off":
+        """The file's contents changed underneath: what the kernel knows is wrong too, in mode `off` its size and mapped pages."""
+        if not self._unmounted.is_set():
             self.tasks.start_soon(self.invalidate, inode.node)
+
+    def _gone(self, parent: Inode, name: bytes) -> None:
+        """Somebody else has removed or replaced what had this name: the kernel is to ask again."""
+        if not self._unmounted.is_set():
+            pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent.node), pyfuse3.FileNameT(name), ignore_enoent=True)
 
     async def invalidate(self, node: int) -> None:
         """The kernel forgets the attributes of a file and what it has of its contents."""
@@ -195,7 +229,7 @@ class Mount:
         if self.stopping:
             return
         self.mark_stopping()
-        await self.stack.writeback.flush_all()
+        await self.stack.write_out()
         try:
             await self.unmount(lazy=False)
         except OSError as error:
@@ -234,8 +268,8 @@ class Mount:
         for attempt in range(LAST_TRIES):
             if attempt:
                 await trio.sleep(LAST_TRY_PAUSE_SECONDS)
-            failed = await self.stack.writeback.flush_all()
-            if not failed:
+            failed = await self.stack.write_out()
+            if not failed or self.stack.io.watchdog.lost:
                 break
         self.failed = self.stack.unwritten()
         for entry in self.failed:

@@ -1,13 +1,18 @@
 """Checks before mounting: a mount that could not work here and now is refused in one line that says what to do."""
 
+import contextlib
 import os
+import select
 import shutil
+import signal
 import stat
 
 from cachefs import mountinfo
 from cachefs.config import Config
-from cachefs.errors import CachefsError
+from cachefs.errors import CachefsError, UsageError
+from cachefs.units import format_duration, parse_duration
 
+TIMEOUT_SECONDS, SHORTEST_SECONDS = 30.0, 1.0  # for SOURCE to answer at all
 FUSE_DEVICE = "/dev/fuse"
 FUSE_CONF = "/etc/fuse.conf"
 AUTOMOUNT = "autofs"  # what waits there to be mounted over
@@ -18,6 +23,27 @@ def check_paths(config: Config) -> None:
     check_source(config)
     check_fuse(config)
     check_mountpoint(config)
+
+
+def check_answers(source: str, timeout: str | None) -> None:
+    """Refuses a SOURCE that hangs, before anything else looks at it: a process of its own looks, and may hang with it."""
+    seconds = TIMEOUT_SECONDS
+    with contextlib.suppress(UsageError):  # who reads the options will say so
+        seconds = max(SHORTEST_SECONDS, parse_duration(timeout or ""))
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(OSError):
+            os.stat(source)
+        os._exit(0)
+    process, ended = os.pidfd_open(child), select.poll()
+    try:
+        ended.register(process, select.POLLIN)
+        if not ended.poll(seconds * 1000):
+            os.kill(child, signal.SIGKILL)
+            raise CachefsError(f"SOURCE {source} has not answered for {format_duration(seconds)}: try when it does")
+        os.waitpid(child, 0)
+    finally:
+        os.close(process)
 
 
 def check_source(config: Config) -> None:

@@ -312,14 +312,14 @@ class Recovery:
     async def _replay(self, journal: Journal, left: Left) -> None:
         inode, record = left.inode, left.record
         assert inode is not None
-        await self._keep_theirs(inode, record)
+        file = self.stack.files.ensure_file(inode)
+        ours_may_go_there = await self._keep_theirs(inode, record)
         kept = journal.files[record.file]
         inode.journaled = kept
-        file = self.stack.files.ensure_file(inode)
         inode.mtime_ns = record.mtime_ns
-        inode.signature = signature_of(inode.st)
         if kept.cover or record.cutting:  # else its first write was under way
-            if inode.st.st_size != record.size:
+            if ours_may_go_there and inode.st.st_size != record.size:
+                self.stack.keeper.touching(inode)
                 await self._resize(inode, record.size)
             self.stack.cache.truncate(file, record.size)
         await self._load(journal, inode, kept)
@@ -329,8 +329,21 @@ class Recovery:
             self.stack.keeper.forget(inode)
         self.stack.fs.drop(inode)
 
-    async def _keep_theirs(self, inode: Inode, record: FileRecord) -> None:
-        """Somebody else may have changed the file since: then both versions are kept."""
+    async def _keep_theirs(self, inode: Inode, record: FileRecord) -> bool:
+        """Somebody else may have changed the file since: then both versions are kept. False if that could not be done.
+
+        Where a writeback or truncate of ours was under way, their change cannot be told from it.
+        """
+        shown = signature_of(inode.st)[:2]
+        if record.writing or record.cutting or shown in (record.signature[:2], (record.mtime_ns, record.size)):
+            return True
+        async with inode.lock:
+            try:
+                await self.stack.files.conflicts.keep_theirs(inode)
+            except OSError:
+                inode.signature = record.signature  # so that writeback meets the conflict, and tells what is wrong
+                return False
+        return True
 
     async def _resize(self, inode: Inode, size: int) -> None:
         """A truncate may have been under way; for what was only written, this is done by writing as well."""

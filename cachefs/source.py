@@ -4,14 +4,18 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
 
 from backing.base import Backing
 from cachefs.backingio import BackingIO, write_fully
 from cachefs.descriptors import Descriptors
 from cachefs.inode import Inode, signature_of
+from cachefs.watchdog import GONE, getting_on
 
+CONFLICTS_IN_A_ROW = 3  # versions of others that are kept before a batch gives up and is tried again later
 START_SYNC_BYTES = 1 << 20  # extents from this size on go to the disk at once, or all of a long write would be left to fsync
+DEAD = GONE | {errno.EIO, errno.EBADF, errno.ESTALE}  # what descriptors of a lost connection give
 
 Extents = Sequence[tuple[int, list[memoryview]]]
 
@@ -26,8 +30,11 @@ class DataDescriptors:
     def __init__(self, io: BackingIO, descriptors: Descriptors) -> None:
         self.io = io
         self.descriptors = descriptors
-        self.noticed: Callable[[Inode], None] = lambda inode: None  # told of files that somebody else has changed
         self.unsynced: dict[Inode, None] = {}  # files far away that were written to since their last fsync, as far as known
+        self.looked: Callable[[Inode, os.stat_result], None]  # told of attributes that came with a descriptor
+        # How both versions of a file are kept, see `cachefs.conflicts`.
+        self.keep_theirs: Callable[[Inode], Awaitable[object]]
+        self.keep_ours: Callable[[Inode], Awaitable[object]]
         self.count = 0
 
     async def reader(self, inode: Inode) -> int:
@@ -57,6 +64,32 @@ class DataDescriptors:
         for fd in fds:
             self._close(fd)
 
+    def doubt(self, inode: Inode, error: OSError) -> None:
+        """Something went wrong with a descriptor: it may be one of a connection that is lost, and never work again."""
+        if self.io.backing.blocking and error.errno in DEAD:
+            inode.doubtful = True
+
+    async def renew(self, inode: Inode) -> None:
+        """Opens doubtful descriptors anew, by a caller that is counted in `inode.busy`: while others use them, they stay.
+
+        They stay as well if that cannot be: the file may have no name any more.
+        """
+        if not inode.doubtful or inode.busy > 1:
+            return
+        reader, writer = inode.reader, inode.writer
+        inode.reader = inode.writer = -1
+        try:
+            if writer >= 0:
+                await self.writer(inode)
+            else:
+                await self.reader(inode)
+            inode.doubtful = False
+        except OSError:
+            return
+        finally:  # those that are needed no more are closed
+            for fd in {reader, writer} - {-1}:
+                self._keep(inode, fd, fd == reader, fd == writer)
+
     async def _open(self, inode: Inode, flags: int) -> int:
         fd = -1
         if inode.fd < 0:
@@ -76,8 +109,9 @@ class DataDescriptors:
             except OSError:
                 break
             if (st.st_dev, st.st_ino) == inode.key and stat.S_ISREG(st.st_mode):
+                self.looked(inode, st)
                 return fd
-            self.io.backing.close(fd)
+            self.io.close(fd)
             break
         return -1
 
@@ -93,7 +127,7 @@ class DataDescriptors:
 
     def _close(self, fd: int) -> None:
         self.count -= 1
-        self.io.backing.close(fd)
+        self.io.close(fd)
 
 
 class FileSource:
@@ -115,46 +149,91 @@ class FileSource:
         inode = self.inode
         inode.busy += 1
         try:
+            await self.data.renew(inode)
             fd = await self.data.reader(inode)
             assert inode.file is not None
             return await self.data.io.read(fd, list(buffers), offset, inode.file.size - offset)
+        except OSError as problem:
+            self.data.doubt(inode, problem)
+            raise
         finally:
             inode.busy -= 1
             self.data.settle(inode)
 
     async def write(self, extents: Extents) -> tuple[int, OSError | None]:
-        """Writes, restores the mtime that programs see, and notes what the backing shows now. Under `inode.lock`."""
-        inode, io, seen = self.inode, self.data.io, self.inode.st
+        """Writes, restores the mtime that programs see, and notes what the backing shows now. Under `inode.lock`.
+
+        What somebody else has changed meanwhile is kept first.
+        """
+        inode, io = self.inode, self.data.io
         inode.busy += 1
         try:
-            fd = await self.data.writer(inode)
-            done, error, before, st = await io.in_thread("write", write_extents, io.backing, fd, extents, inode.mtime_ns)
-            if st is not None and inode.st is not seen:  # a rename or the like of ours has read them after the thread did
-                st = await io.call("stat", io.backing.fstat, fd)
+            await self.data.renew(inode)
+            for _ in range(CONFLICTS_IN_A_ROW):
+                written = await self._write(extents)
+                if not written.changed:
+                    break
+                await self.data.keep_theirs(inode)
+            if written.problem is None and not (inode.st.st_nlink or inode.unlinked or inode.losing):
+                await self.data.keep_ours(inode)
         except OSError as problem:
+            self.data.doubt(inode, problem)
             return 0, problem
         finally:
             inode.busy -= 1
         if io.backing.blocking:
             self.data.unsynced[inode] = None
-        if before is not None and signature_of(before)[:2] != inode.signature[:2] and inode.st is seen:
-            self.data.noticed(inode)  # somebody else's change, which ours would hide
-        if st is not None:
-            inode.ctime_shown = (st.st_ctime_ns, inode.attributes().ctime_ns)  # what was shown goes on being shown
-            inode.st = st
-            inode.signature = signature_of(st)
-            inode.epoch += 1
-            inode.unsynced = True
-        return done, error
+        if written.changed:
+            return 0, OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        if written.problem is None:
+            return written.done, None
+        self.data.doubt(inode, written.problem)
+        return written.done, io.told(written.problem)
+
+    async def _write(self, extents: Extents) -> "Written":
+        inode, io, seen = self.inode, self.data.io, self.inode.st
+        fd = await self.data.writer(inode)
+        unsure, known = inode.unsure, None if inode.unsure or inode.unlinked else inode.signature[:2]
+        inode.unsure = inode.unsynced = True
+        written = await io.in_thread("write", write_extents, io.backing, fd, extents, inode.mtime_ns, known)
+        if written.st is None:
+            inode.unsure = unsure or written.touched
+            return written
+        inode.signature, inode.unsure = (*written.signature, written.st.st_ctime_ns), False
+        if inode.st is seen:
+            st = written.st
+        else:  # a rename or the like of ours has read them after the thread did
+            st = await io.call("stat", io.backing.fstat, fd)
+            inode.signature = (*inode.signature[:2], st.st_ctime_ns)
+        inode.ctime_shown = (st.st_ctime_ns, inode.attributes().ctime_ns)  # what was shown goes on being shown
+        inode.st = st
+        inode.epoch += 1
+        return written
+
+
+class Written(NamedTuple):
+    """What became of a batch."""
+
+    done: int  # extents that were written
+    problem: OSError | None  # what stopped it
+    st: os.stat_result | None  # what the backing shows afterwards; None where that could not be read
+    signature: tuple[int, int] = (0, 0)  # mtime and size that it shows if nobody but us has written to the file meanwhile
+    touched: bool = True  # maybe something of the file is another now
+    changed: bool = False  # nothing was written: somebody else has changed the file
 
 
 def write_extents(
-    backing: Backing, fd: int, extents: Extents, mtime_ns: int
-) -> tuple[int, OSError | None, os.stat_result | None, os.stat_result | None]:
-    """Runs in the writeback thread: (extents written, what stopped it, attributes before, attributes afterwards)."""
-    done, problem, before = 0, None, None
+    backing: Backing, fd: int, extents: Extents, mtime_ns: int, known: tuple[int, int] | None
+) -> Written:
+    """Runs in the writeback thread. `known` are mtime and size that the backing should have; None: whatever it has."""
+    done, problem = 0, None
     try:
         before = backing.fstat(fd)
+    except OSError as error:
+        return Written(0, error, None, touched=False)
+    if known is not None and signature_of(before)[:2] != known:
+        return Written(0, None, None, touched=False, changed=True)
+    try:
         for offset, buffers in extents:
             write_fully(backing, fd, buffers, offset)
             done += 1
@@ -163,9 +242,21 @@ def write_extents(
                 backing.start_sync(fd, offset, size)
     except OSError as error:
         problem = error if error.errno else OSError(errno.EIO, str(error))
+    if done and backing.blocking:
+        try:
+            getting_on(sum(len(buffer) for _, buffers in extents[:done] for buffer in buffers))
+            backing.flush(fd)
+        except OSError as error:
+            done, problem = 0, error
+    restored = False
     try:
         with contextlib.suppress(PermissionError):  # not root, and somebody else's file that we may write
             backing.utime(fd, None, mtime_ns)
-        return done, problem, before, backing.fstat(fd)
+            restored = True
+        st = backing.fstat(fd)
     except OSError as error:
-        return done, problem or error, before, None
+        return Written(done, problem or error, None)
+    # A later mtime and a larger size are others' doing since then; an earlier mtime is ours where the store has coarser steps.
+    mtime_ns = min(st.st_mtime_ns, mtime_ns) if restored else st.st_mtime_ns
+    end = max(before.st_size, extents[-1][0] + sum(map(len, extents[-1][1])))
+    return Written(done, problem, st, (mtime_ns, min(st.st_size, end)))

@@ -132,7 +132,7 @@ class Space:
     async def watch(self) -> None:
         """Looks again and again while files grow, and while some cannot be written for want of room."""
         while True:
-            if self.budget.grown or self.writeback.refused:
+            if (self.budget.grown or self.writeback.refused) and not self.io.watchdog.lost:
                 await self._look()
             await trio.sleep(SAMPLE_SECONDS)
 

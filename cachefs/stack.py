@@ -1,6 +1,8 @@
 """Everything of a mount below FUSE, put together: backing, inodes, cache, writeback, files, names."""
 
 import contextlib
+import functools
+import math
 import os
 import resource
 import time
@@ -22,6 +24,8 @@ from cachefs.keeper import Keeper
 from cachefs.ledger import Ledger
 from cachefs.statistics import FileSystemStatistics, HistogramSnapshot, Statistics
 from cachefs.tasks import Spawner
+from cachefs.watch import Watcher
+from cachefs.watchdog import Unreachable
 from cachefs.writeback import Writeback
 
 
@@ -38,12 +42,23 @@ def descriptor_budget() -> int:
 
 
 class Stack:
-    """The parts of one mount. `changed(inode)` is told when a file turns out to have been changed underneath."""
+    """The parts of one mount.
 
-    def __init__(self, config: Config, backing: Backing, tasks: Spawner, changed: Callable[[Inode], None]) -> None:
+    `changed(inode)` is told when a file turns out to have been changed underneath, `gone(parent, name)` when a name does not
+    mean any more what the kernel knows.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        backing: Backing,
+        tasks: Spawner,
+        changed: Callable[[Inode], None],
+        gone: Callable[[Inode, bytes], None],
+    ) -> None:
         self.config = config
         self.started = time.monotonic()
-        self.io = BackingIO(backing)
+        self.io = BackingIO(backing, tasks, config.backing_timeout_seconds)
         root_fd = backing.open_root()
         self.table = InodeTable(backing.fstat(root_fd))
         self.descriptors = Descriptors(self.io, self.table, root_fd, descriptor_budget())
@@ -58,19 +73,32 @@ class Stack:
             expire_seconds=config.dirty_expire_seconds,
             interval_seconds=config.writeback_interval_seconds,
             settled=self._settled,
+            watchdog=self.io.watchdog,
         )
-        self.filler = Filler(self.cache, tasks, self.writeback.need_room)
+        self.filler = Filler(self.cache, tasks, self.writeback.need_room, self.io.watchdog)
         self.files = Files(
             self.io, self.descriptors, self.cache, self.filler, self.writeback, self.keeper,
-            config.readahead_max_bytes, config.metadata_ttl_seconds, changed,
+            config.readahead_max_bytes, config.metadata_ttl_seconds, changed, gone,
         )  # fmt: skip
+        self.watcher = Watcher(self.descriptors, self.files, gone) if backing.watch_path(root_fd) is not None else None
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
-        self.keeper.make_durable = self.fs.make_durable
+        self.keeper.make_durable = functools.partial(self.io.ask, self.fs.make_durable)
         self.ledger = Ledger(self.fs)
 
     def _settled(self, inode: Inode) -> None:
         self.files.data.settle(inode)
         self.fs.drop(inode)
+
+    async def write_out(self) -> list[Inode]:
+        """Writes out everything that is dirty now, for as long as it gets on; returns the inodes that could not be written."""
+        left = math.inf
+        while self.writeback.unwritten_pages < left:
+            left = self.writeback.unwritten_pages
+            try:
+                return await self.io.ask(self.writeback.flush_all)
+            except Unreachable:
+                continue
+        return list(self.writeback.dirty)
 
     def unwritten(self) -> list[dict[str, object]]:
         """The entries of everything that is not on the backing, merged; takes as long as it takes."""
@@ -92,6 +120,7 @@ class Stack:
             writeback=self.writeback.statistics(),
             backing=self.io.statistics(),
             journal=self.keeper.statistics(),
+            conflicts=self.files.conflicts.statistics(),
             filesystem=FileSystemStatistics(
                 durations=durations,
                 open_handles=len(self.files.handles),

@@ -94,6 +94,27 @@ class BackingStatistics:
     read_bytes: int
     latency_seconds: float  # estimate that readahead uses
     bandwidth_bytes_per_second: float
+    lost: int  # 1 = it does not answer, or is not there
+    silent_seconds: float  # for how long it has owed an answer and given none
+    timeouts: int  # requests and calls that failed because of that
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A file that was changed on both sides. Paths are relative to SOURCE."""
+
+    path: str
+    copy: str
+    kept: str  # whose version the copy has: theirs | ours
+    when: float  # seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
+class ConflictStatistics:
+    """Changes underneath that met unwritten data; each has left a copy."""
+
+    total: int
+    recent: tuple[Conflict, ...]  # the last ones, oldest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,4 +140,5 @@ class Statistics:
     writeback: WritebackStatistics
     backing: BackingStatistics
     journal: JournalStatistics
+    conflicts: ConflictStatistics
     filesystem: FileSystemStatistics

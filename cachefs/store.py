@@ -11,12 +11,16 @@ from cachefs.config import Config
 from cachefs.errors import CachefsError
 
 DISTANT = frozenset(("nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "afs", "glusterfs", "lustre"))
+# They upload a whole file each time that it is flushed.
+OBJECT_STORES = frozenset(("fuse.s3fs", "fuse.rclone", "fuse.goofys", "fuse.geesefs", "fuse.gcsfuse", "fuse.blobfuse2"))
 
 
 def make_backing(config: Config) -> Backing:
     """The store that these settings describe, with its simulated faults and distance."""
     try:
-        backing: Backing = DirectoryBacking(config.source, blocking=_is_distant(config))
+        fstype = _fstype(config.source)
+        blocking = _is_distant(fstype) if config.backing == "auto" else config.backing == "network"
+        backing: Backing = DirectoryBacking(config.source, blocking, flushes=fstype not in OBJECT_STORES)
     except OSError as error:
         raise CachefsError(f"cannot open SOURCE {config.source}: {error.strerror}") from None
     if config.fault_plan:
@@ -36,12 +40,15 @@ def _with_faults(backing: Backing, plan: str) -> Backing:
         raise CachefsError(f"bad fault plan {plan}: {error}") from None
 
 
-def _is_distant(config: Config) -> bool:
-    if config.backing != "auto":
-        return config.backing == "network"
-    path = Path(config.source)
+def _fstype(source: str) -> str:
+    """The type of the file system that SOURCE is in, as in /proc/mounts."""
+    path = Path(source)
     for candidate in (path, *path.parents):
         mount = mountinfo.top_mount(str(candidate))
         if mount is not None:
-            return mount.fstype in DISTANT or mount.fstype.startswith("fuse")
-    return False
+            return mount.fstype
+    return ""
+
+
+def _is_distant(fstype: str) -> bool:
+    return fstype in DISTANT or fstype.startswith("fuse")

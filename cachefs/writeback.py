@@ -7,7 +7,8 @@ so there is no cliff; the limit itself is never passed (`PageCache.write` refuse
 
 A batch is some extents of one file, written by one call into the writeback thread: a file has one batch at a time
 (`inode.lock`), up to `BATCHES_MAX` files are written side by side. Pages that are written to meanwhile stay dirty. A batch
-that fails leaves its pages dirty; the file is tried again after a pause that doubles, and other files go on.
+that fails leaves its pages dirty; the file is tried again after a pause that doubles, and other files go on. While the backing
+is lost nothing is tried, and when it is back everything at once.
 """
 
 import errno
@@ -26,6 +27,7 @@ from cachefs.cache.pagecache import PageCache
 from cachefs.inode import Inode
 from cachefs.keeper import Keeper
 from cachefs.statistics import WritebackStatistics
+from cachefs.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class Writeback:
         expire_seconds: float,
         interval_seconds: float,
         settled: Callable[[Inode], None] = lambda inode: None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.cache = cache
         self.keeper = keeper
@@ -60,6 +63,8 @@ class Writeback:
         self.expire_seconds = expire_seconds
         self.interval_seconds = interval_seconds
         self.settled = settled
+        self.watchdog = watchdog or Watchdog(None, math.inf, lambda: None)
+        self.watchdog.came_back = self._try_everything
         self.dirty: dict[Inode, int] = {}  # {inode with unwritten data: page where its next batch begins}
         self.refused: dict[Inode, int] = {}  # {inode whose last batch found no room: errno}
         self.written_bytes = 0
@@ -143,9 +148,18 @@ class Writeback:
                 with trio.move_on_after(self.interval_seconds):
                     await self._wake.wait()
                 self._wake = trio.Event()
-                for inode in self._due(BATCHES_MAX - self._under_way):
+                if self.watchdog.lost:
+                    continue
+                # Batches that hang must not keep other files from being written.
+                for inode in self._due(BATCHES_MAX - self._under_way + self.watchdog.overdue("write")):
                     self._under_way += 1
                     nursery.start_soon(self._write_one, inode)
+
+    def _try_everything(self) -> None:
+        """The backing is back: what failed or was not tried need not wait out its pause."""
+        for inode in self.dirty:
+            inode.retry_at = 0.0
+        self.kick()
 
     def _due(self, most: int) -> list[Inode]:
         """The files to write next, those whose turn was longest ago first."""
@@ -240,7 +254,7 @@ class Writeback:
             done, error = await file.source.write([(offset, buffers) for offset, buffers, _ in batch])
         finally:
             written = [(offset, sum(map(len, buffers))) for offset, buffers, _ in batch[:done]]
-            self.keeper.end(inode, written, last_seq, done < len(batch))
+            self.keeper.end(inode, written, last_seq)
             for i, (_, _, pages) in enumerate(batch):
                 for group, mask in pages:
                     self.cache.finish_writeback(group, mask, None if i < done else since)

@@ -205,7 +205,9 @@ class Demo:
             with contextlib.suppress(DemoError, subprocess.TimeoutExpired):
                 self.cachefs("umount", "--timeout", "10s", self.mountpoint)
         if os.path.ismount(self.mountpoint):
-            subprocess.run(["fusermount3", "-u", "-z", str(self.mountpoint)], check=False, capture_output=True)
+            done = subprocess.run(["fusermount3", "-u", "-z", str(self.mountpoint)], capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"demo: {self.mountpoint} is left mounted: {done.stderr.strip()}", file=sys.stderr)
 
     def status(self) -> Mapping[str, Any]:
         found: Mapping[str, Any] = json.loads(self.cachefs("status", "--json", self.mountpoint))
@@ -285,7 +287,8 @@ def main() -> int:
         return 1
     start = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory(prefix="cachefs-demo-") as base:
+        # What can't be removed must not hide why.
+        with tempfile.TemporaryDirectory(prefix="cachefs-demo-", ignore_cleanup_errors=True) as base:
             demonstrate(Path(base))
     except KeyboardInterrupt:
         print("\ndemo: stopped; nothing is left behind", file=sys.stderr)

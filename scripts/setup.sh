@@ -7,7 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 purpose=${1:-run}
 run_packages=(fuse3 libfuse3-dev pkg-config gcc libc6-dev)
 demo_packages=(git sqlite3)
-test_packages=("${demo_packages[@]}" make e2fsprogs rsync fio stress-ng prometheus systemd attr acl strace libaio-dev)
+test_packages=(
+    "${demo_packages[@]}" make e2fsprogs rsync fio stress-ng prometheus systemd attr acl strace libaio-dev sshfs openssh-sftp-server
+)
 case $purpose in
     run | lint) debian=("${run_packages[@]}") ;;
     demo) debian=("${run_packages[@]}" "${demo_packages[@]}") ;;
@@ -46,6 +48,7 @@ missing_packages() {
             attr) command -v setfattr ;;
             acl) command -v setfacl ;;
             e2fsprogs) command -v mkfs.ext4 ;;
+            openssh-sftp-server) test -e /usr/lib/openssh/sftp-server ;;
             *) command -v "$package" ;;
         esac >/dev/null 2>&1 || echo "$package"
     done

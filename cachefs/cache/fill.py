@@ -3,9 +3,10 @@
 `PageCache` never waits; this module does, and re-examines the cache after every await, because anything may have
 happened meanwhile. Fills are shared: whoever finds a page FILLING waits for that fill and looks again. Whoever starts a
 fill for itself runs it in its own task and looks at the result with no await in between, so that it makes progress even
-where pages are evicted as fast as they come.
+where pages are evicted as fast as they come. Where the backing may hang, even one's own fill runs in another task.
 """
 
+import math
 from collections.abc import Callable
 
 import trio
@@ -15,6 +16,7 @@ from cachefs.cache.page import GROUP_PAGES, PAGE_SHIFT, PAGE_SIZE
 from cachefs.cache.pagecache import Busy, Fill, NoRoom, PageCache, TooDirty
 from cachefs.cache.readahead import Window
 from cachefs.tasks import Spawner
+from cachefs.watchdog import Watchdog
 
 TRIES = 4  # looks at the whole request before it is answered in pieces
 FILL_PAGES_MIN = 32  # smallest backing call that a readahead window is cut into: 128 KiB
@@ -22,12 +24,18 @@ FILLS_PER_WINDOW = 4  # calls in flight that a window is cut into, so that trans
 
 
 class Filler:
-    """Reads and writes of files through `cache`; readahead runs in `nursery`. `need_room` is called before waiting for room."""
+    """Reads and writes of files through `cache`; readahead runs in `nursery`. `need_room` is called before waiting for room.
 
-    def __init__(self, cache: PageCache, nursery: Spawner, need_room: Callable[[], None]) -> None:
+    `watchdog` bounds every wait for a backing that it watches. The fills go on, and have their pages until they are done.
+    """
+
+    def __init__(
+        self, cache: PageCache, nursery: Spawner, need_room: Callable[[], None], watchdog: Watchdog | None = None
+    ) -> None:
         self.cache = cache
         self.nursery = nursery
         self.need_room = need_room
+        self.watchdog = watchdog or Watchdog(None, math.inf, lambda: None)
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -57,6 +65,7 @@ class Filler:
 
         May return early when the state changed while waiting for room; the caller looks again anyway.
         """
+        self.watchdog.check()  # before pages that are here make room for some that cannot come
         start_page, end_page = offset >> PAGE_SHIFT, (end + PAGE_SIZE - 1) >> PAGE_SHIFT
         others = self.cache.fills_of(file, start_page, end_page)
         mine: Fill | None = None
@@ -74,9 +83,17 @@ class Filler:
         if window is not None:
             self.prefetch(file, window)
         if mine is not None and not self._try_now(mine):
-            await self._run(mine, True)
-        for fill in others:
-            await fill.done.wait()
+            if self.watchdog.watching:
+                others.append(mine)
+                self.nursery.start_soon(self._run, mine, False)
+            else:
+                await self._run(mine, True)
+        if others:
+            with self.watchdog.patience():
+                for fill in others:
+                    await fill.done.wait()
+        if mine is not None and mine.error is not None:
+            raise mine.error
 
     def _more(self, file: CachedFile, page: int, count: int, end_page: int, window: Window | None) -> int:
         """Pages behind a wanted run that the same backing call can bring for the window, without making it much longer."""
@@ -102,12 +119,13 @@ class Filler:
         return True
 
     async def _run(self, fill: Fill, demand: bool) -> None:
-        """One backing call. Errors of readahead are dropped: the page stays absent and whoever needs it finds out."""
+        """One backing call. Errors of readahead are only noted: the page stays absent and whoever needs it finds out."""
         nbytes = -1
         try:
             with trio.CancelScope(shield=True):  # a thread writes into the pages: they stay FILLING until it is done
                 nbytes = await fill.group.file.source.read([fill.view], fill.offset)
-        except OSError:
+        except OSError as error:
+            fill.error = error
             if demand:
                 raise
         finally:
@@ -130,6 +148,8 @@ class Filler:
 
     def prefetch(self, file: CachedFile, window: Window) -> None:
         """Starts fills for what is absent of the window, with nobody waiting. Best effort: stops where there is no room."""
+        if self.watchdog.lost:
+            return
         most = max(FILL_PAGES_MIN, min(GROUP_PAGES, window.size // FILLS_PER_WINDOW))
         end = min(window.start + window.size, file.end_page)
         for page, count in self.cache.absent_runs(file, window.start, end):
@@ -165,7 +185,8 @@ class Filler:
                 continue
             end_page = (offset + len(data) + PAGE_SIZE - 1) >> PAGE_SHIFT
             if fills := cache.fills_of(file, offset >> PAGE_SHIFT, end_page):
-                await fills[0].done.wait()
+                with self.watchdog.patience():
+                    await fills[0].done.wait()
             elif partial:
                 await self._fill_once(file, partial[0] * PAGE_SIZE, min((partial[0] + 1) * PAGE_SIZE, file.size), None)
             else:
@@ -179,5 +200,6 @@ class Filler:
         """Until what stood in the way has changed. May wake for nothing: look again."""
         if isinstance(reason, TooDirty) or (isinstance(reason, NoRoom) and not self.cache.filling_pages):
             self.need_room()  # else a fill will end before long, whatever becomes of writeback
-        await self.cache.room.park()  # every end of a fill or a writeback wakes it, and pages that are dropped
+        with self.watchdog.patience():
+            await self.cache.room.park()  # every end of a fill or a writeback wakes it, and pages that are dropped
 

@@ -37,7 +37,7 @@ _BYTE_IN_GROUP = GROUP_SIZE - 1
 _NOTHING: Mapping[int, int] = {}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Fill:
     """Pages of one group that a thread is reading: [first, first + count) in the group, `view` their memory."""
 
@@ -46,6 +46,7 @@ class Fill:
     count: int
     view: memoryview
     done: trio.Event
+    error: OSError | None = None  # what kept the backing from reading them
 
     @property
     def mask(self) -> int:

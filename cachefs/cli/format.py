@@ -1,5 +1,6 @@
 """Answers of the daemon as text for people; nothing here asks or decides anything."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -111,6 +112,7 @@ def _rows(statistics: Figures, metrics: object) -> Iterator[tuple[str, str]]:
     yield "dirty", _dirty(writeback)
     yield "written back", format_size(_count(writeback, "written_bytes")) + _throttled(writeback)
     yield "journal", _journal(_part(statistics, "journal"))
+    yield "conflicts", _conflicts(_part(statistics, "conflicts"))
     yield "errors", _errors(_part(backing, "errors"), _part(writeback, "errors"))
     yield "backing", _backing(backing)
     yield from _calls(_part(backing, "durations"))
@@ -192,10 +194,36 @@ def _errors(backing: Figures, writeback: Figures) -> str:
     return ", ".join(named) or "none"
 
 
+def _conflicts(conflicts: Figures) -> str:
+    """How many files were changed on both sides, and the last of them with its copy."""
+    total, recent = _count(conflicts, "total"), conflicts.get("recent")
+    if not isinstance(recent, list) or not recent:
+        return f"{total} files changed on both sides" if total else "none"
+    last = recent[-1]
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(_count(last, "when")))
+    copy = f"{last.get('kept')} kept as {_path(last.get('copy'))}"
+    return f"{total} files changed on both sides, the last {when}: {_path(last.get('path'))}, {copy}"
+
+
+def _path(path: object) -> str:
+    """A path for a terminal: what could move the cursor is escaped."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
+
+
 def _backing(backing: Figures) -> str:
     latency, bandwidth = _count(backing, "latency_seconds"), _count(backing, "bandwidth_bytes_per_second")
     speed = f"latency {format_duration(latency)}, {format_size(bandwidth)}/s" if bandwidth else "not measured yet"
-    return f"{speed}; {format_size(_count(backing, 'read_bytes'))} read"
+    timeouts = _count(backing, "timeouts")
+    failed = f"; {timeouts} requests failed for want of an answer" if timeouts else ""
+    return f"{_state(backing)}{speed}; {format_size(_count(backing, 'read_bytes'))} read{failed}"
+
+
+def _state(backing: Figures) -> str:
+    if not backing.get("lost"):
+        return ""
+    silent = _count(backing, "silent_seconds")
+    return f"LOST, no answer for {format_duration(silent)}; " if silent else "LOST, says it is not there; "
 
 
 def _calls(durations: Figures) -> Iterator[tuple[str, str]]:

@@ -62,6 +62,7 @@ def _as_text(value: str | bool) -> str:
 
 def config_of(source: str, mountpoint: str, mounting: MountOptions) -> Config:
     """The `Config` of a mount asked for with these words."""
+    preflight.check_answers(source, mounting.values.get("backing_timeout"))
     return make_config(source, mountpoint, mounting.values, mount_flags=frozenset(mounting.flags), fsname=mounting.fsname)
 
 

@@ -1,6 +1,7 @@
 """`cachefs umount`: lets the daemon write out, shows what is left, lists what could not be written, waits for its end."""
 
 import contextlib
+import math
 import os
 import select
 import time
@@ -13,10 +14,12 @@ from cachefs import control, mountinfo
 from cachefs.cli.asking import Answer, OutOfTime, ask, timeout_option
 from cachefs.cli.format import fate_line, left_line, unwritten_line
 from cachefs.errors import CachefsError
-from cachefs.state import DaemonRecord, find_daemon, how_it_ended
+from cachefs.state import DaemonRecord, find_daemon, how_it_ended, is_held
 
 _LAST_SECONDS = 10.0  # for a process whose control socket is gone to be gone as well
 _LIST_SECONDS = 10.0  # for the list of what is left, when the user's time is over
+_POLL_SECONDS = 0.2  # how often to look whether the daemon has given up its state; its end is noticed at once
+_END_SECONDS = 5.0  # for a daemon that has done so to end
 
 
 @click.command("umount")
@@ -36,7 +39,7 @@ def command(mountpoint: str, timeout: float | None) -> int:
     with _process(record.pid) as process:
         try:
             answer = _ask_to_end(record, process, timeout, deadline)
-            if not _is_gone(process, deadline):
+            if not _is_gone(record, process, deadline):
                 raise OutOfTime(answer.last)
         except OutOfTime as late:
             return _list_what_is_left(record, timeout or 0.0, late)
@@ -63,7 +66,7 @@ def _ask_to_end(record: DaemonRecord, process: int | None, timeout: float | None
         return ask(record, {"command": "umount"}, timeout)
     except control.ConnectionLost as error:
         soon = time.monotonic() + _LAST_SECONDS
-        _is_gone(process, soon if deadline is None else min(soon, deadline))
+        _is_gone(record, process, soon if deadline is None else min(soon, deadline))
         note = how_it_ended(record)
         if note is None:
             raise CachefsError(f"{error}: see {record.log}") from None
@@ -101,10 +104,19 @@ def _process(pid: int) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def _is_gone(process: int | None, deadline: float | None) -> bool:
-    """Waits for a process to end, until `deadline` (None = for ever); whether it did."""
+def _is_gone(record: DaemonRecord, process: int | None, deadline: float | None) -> bool:
+    """Waits for the daemon to end, until `deadline` (None = for ever); whether it did, but for threads that hang."""
     if process is None:
         return True
     waiting = select.poll()
     waiting.register(process, select.POLLIN)
-    return bool(waiting.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000))
+    given_up_at = math.inf  # when the daemon was seen to hold its state no more: it is done, but a thread of it may hang
+    while not waiting.poll(_POLL_SECONDS * 1000):
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            return False
+        given_up_at = min(given_up_at, math.inf if is_held(record.state_dir) else now)
+        if now - given_up_at >= _END_SECONDS:
+            click.echo(f"cachefs: process {record.pid} hangs in a call to SOURCE, and ends when that returns", err=True)
+            break
+    return True

@@ -67,7 +67,7 @@ class FileRecord:
     mtime_ns: int
     signature: tuple[int, int, int]  # of the backing's file when we last looked: mtime, size, ctime
     writing: bool  # writeback of it is under way, so the backing's file may have any signature by now
-    cutting: bool  # a truncate to `size` is under way, so the backing's file may be longer
+    cutting: bool  # a truncate to `size`, or a change of times, is under way: the backing's file may have any size and time
     handle: bytes  # name for open_by_handle_at, empty where the backing gives none
     paths: tuple[bytes, ...]
 

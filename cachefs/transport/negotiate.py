@@ -173,9 +173,8 @@ def _answer_init(fuse_fd: int) -> tuple[bytes, int]:
     return request, granted
 
 
-def set_kernel_readahead(mountpoint: str, kilobytes: int) -> None:
-    """The kernel's own readahead on the mount, where it caches; needs root, and is let be where it cannot be set."""
-    device = os.stat(mountpoint).st_dev
-    path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+def set_kernel_readahead(device: str, kilobytes: int) -> None:
+    """The kernel's own readahead on the mount `device` (major:minor), where it caches; needs root, else it is let be."""
+    path = f"/sys/class/bdi/{device}/read_ahead_kb"
     with contextlib.suppress(OSError), open(path, "w") as file:
         file.write(str(kilobytes))

@@ -52,8 +52,9 @@ def request(method: F) -> F:
 
 
 def wanted(record: logging.LogRecord) -> bool:
-    """Whether a message of pyfuse3 is of interest: not that a request was gone when its answer came, as at an unmount."""
-    return not record.getMessage().endswith(REPLY_TO_NOBODY)
+    """Whether a message of pyfuse3 is of interest: not that nobody was there to be answered or told, as at an unmount."""
+    message = record.getMessage()
+    return not (message.endswith(REPLY_TO_NOBODY) or message.startswith("Failed to submit invalidate_entry"))
 
 
 def caller(ctx: RequestContext) -> Caller:
@@ -81,6 +82,7 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self.fs = fs
         self.files: Files = fs.files
+        self.ask = fs.io.ask
         self.kernel_cache = kernel_cache
         self.ttl_seconds = ttl_seconds
         self.on_init = on_init
@@ -124,7 +126,9 @@ class Operations(pyfuse3.Operations):
     @request
     async def lookup(self, parent: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
         try:
-            return self._entry(await self.fs.lookup(self._inode(parent), name))
+            inode, known = self._inode(parent), self.fs.lookup_known
+            found = await self.ask(self.fs.lookup, inode, name, memory=lambda: known(inode, name), undo=self.fs.unlook)
+            return self._entry(found)
         except FileNotFoundError:
             if not self.fs.backing.blocking:
                 raise
@@ -158,7 +162,7 @@ class Operations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        await self.fs.setattr(inode, changes, ctx.uid, groups_of(ctx, inode))
+        await self.ask(self.fs.setattr, inode, changes, ctx.uid, groups_of(ctx, inode))
         return self._entry(inode)
 
     @request
@@ -169,37 +173,42 @@ class Operations(pyfuse3.Operations):
 
     @request
     async def readlink(self, node: InodeT, ctx: RequestContext) -> bytes:
-        return await self.fs.readlink(self._inode(node))
+        inode = self._inode(node)
+        return await self.ask(self.fs.readlink, inode, memory=lambda: inode.target)
 
     @request
     async def mknod(self, parent: InodeT, name: bytes, mode: ModeT, rdev: int, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(await self.fs.mknod(self._inode(parent), name, mode, rdev, caller(ctx)))
+        made = await self.ask(self.fs.mknod, self._inode(parent), name, mode, rdev, caller(ctx), undo=self.fs.unlook)
+        return self._entry(made)
 
     @request
     async def mkdir(self, parent: InodeT, name: bytes, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(await self.fs.mkdir(self._inode(parent), name, mode, caller(ctx)))
+        made = await self.ask(self.fs.mkdir, self._inode(parent), name, mode, caller(ctx), undo=self.fs.unlook)
+        return self._entry(made)
 
     @request
     async def symlink(self, parent: InodeT, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(await self.fs.symlink(self._inode(parent), name, target, caller(ctx)))
+        made = await self.ask(self.fs.symlink, self._inode(parent), name, target, caller(ctx), undo=self.fs.unlook)
+        return self._entry(made)
 
     @request
     async def link(self, node: InodeT, parent: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(await self.fs.link(self._inode(node), self._inode(parent), name))
+        inode = await self.ask(self.fs.link, self._inode(node), self._inode(parent), name, undo=self.fs.unlook)
+        return self._entry(inode)
 
     @request
     async def unlink(self, parent: InodeT, name: bytes, ctx: RequestContext) -> None:
-        await self.fs.unlink(self._inode(parent), name)
+        await self.ask(self.fs.unlink, self._inode(parent), name)
 
     @request
     async def rmdir(self, parent: InodeT, name: bytes, ctx: RequestContext) -> None:
-        await self.fs.rmdir(self._inode(parent), name)
+        await self.ask(self.fs.rmdir, self._inode(parent), name)
 
     @request
     async def rename(
         self, old: InodeT, name: bytes, new: InodeT, new_name: bytes, flags: FlagT, ctx: RequestContext
     ) -> None:
-        await self.fs.rename(self._inode(old), name, self._inode(new), new_name, flags)
+        await self.ask(self.fs.rename, self._inode(old), name, self._inode(new), new_name, flags)
 
     # --- directories ---------------------------------------------------------------------------------------------------
 
@@ -209,7 +218,7 @@ class Operations(pyfuse3.Operations):
 
     @request
     async def readdir(self, fh: FileHandleT, start: int, token: pyfuse3.ReaddirToken) -> None:
-        names = await self.fs.names(fh, start)
+        names = await self.ask(self.fs.names, fh, start)
         while start < 2:  # the kernel takes no lookup count for these two
             inode = self.fs.directories[fh].inode
             if not pyfuse3.readdir_reply(token, (b".", b"..")[start], self._entry(inode), start + 1):
@@ -217,7 +226,7 @@ class Operations(pyfuse3.Operations):
             start += 1
         while start - 2 < len(names):
             some = names[start - 2 : start - 2 + STATS_AT_ONCE]
-            found = await self.fs.entries(fh, some)
+            found = await self._entries(fh, some)
             for i, entry in enumerate(found):
                 start += 1
                 if entry is not None and not pyfuse3.readdir_reply(token, some[i], self._entry(entry), start):
@@ -225,13 +234,17 @@ class Operations(pyfuse3.Operations):
                         self.fs.forget(unsent.node, 1)
                     return
 
+    async def _entries(self, fh: FileHandleT, names: Sequence[bytes]) -> list[Inode | None]:
+        known = functools.partial(self.fs.entries_known, fh, names)
+        return await self.ask(self.fs.entries, fh, names, memory=known, undo=self.fs.unlook_all)
+
     @request
     async def releasedir(self, fh: FileHandleT) -> None:
         self.fs.releasedir(fh)
 
     @request
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
-        await self.fs.fsyncdir(fh)
+        await self.ask(self.fs.fsyncdir, fh)
 
     # --- files ---------------------------------------------------------------------------------------------------------
 
@@ -242,7 +255,11 @@ class Operations(pyfuse3.Operations):
     @request
     async def open(self, node: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         inode = self._inode(node)
-        opened = await self.files.open(inode, flags, ctx.uid, groups_of(ctx, inode))
+        arguments = (inode, flags, ctx.uid, groups_of(ctx, inode))
+        opened = self.files.open_known(*arguments) if self.files.believed(inode) else None  # nothing to ask for
+        if opened is None:
+            known = functools.partial(self.files.open_known, *arguments)
+            opened = await self.ask(self.files.open, *arguments, memory=known, undo=self.fs.unopen)
         if opened.attributes_changed:  # or the kernel would go on with the size it knows until its time is over
             with contextlib.suppress(OSError):
                 pyfuse3.invalidate_inode(node, attr_only=True)  # waits for nobody: it touches no pages
@@ -252,7 +269,8 @@ class Operations(pyfuse3.Operations):
     async def create(
         self, parent: InodeT, name: bytes, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        inode, opened = await self.fs.create(self._inode(parent), name, mode, flags, caller(ctx))
+        arguments = (self._inode(parent), name, mode, flags, caller(ctx))
+        inode, opened = await self.ask(self.fs.create, *arguments, undo=self.fs.uncreate)
         return self._info(opened), self._entry(inode)
 
     @request
@@ -269,7 +287,7 @@ class Operations(pyfuse3.Operations):
 
     @request
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        await self.files.fsync(fh, datasync)
+        await self.ask(self.files.fsync, fh, datasync)
 
     @request
     async def release(self, fh: FileHandleT) -> None:
@@ -281,23 +299,28 @@ class Operations(pyfuse3.Operations):
 
     @request
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
-        theirs, ours = await self.fs.statvfs(), pyfuse3.StatvfsData()
+        theirs = await self.ask(self.fs.statvfs, memory=lambda: self.fs.statvfs_known)
+        ours = pyfuse3.StatvfsData()
         for field in STATVFS_FIELDS:
             setattr(ours, field, getattr(theirs, field))
         return ours
 
     @request
     async def getxattr(self, node: InodeT, name: bytes, ctx: RequestContext) -> bytes:
-        return await self.fs.getxattr(self._inode(node), name)
+        inode = self._inode(node)
+        found = await self.ask(self.fs.getxattr, inode, name, memory=lambda: inode.xattrs.get(name))
+        if isinstance(found, int):
+            raise FUSEError(found)
+        return found
 
     @request
     async def listxattr(self, node: InodeT, ctx: RequestContext) -> Sequence[bytes]:
-        return await self.fs.listxattr(self._inode(node))
+        return await self.ask(self.fs.listxattr, self._inode(node))
 
     @request
     async def setxattr(self, node: InodeT, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        await self.fs.setxattr(self._inode(node), name, value)
+        await self.ask(self.fs.setxattr, self._inode(node), name, value)
 
     @request
     async def removexattr(self, node: InodeT, name: bytes, ctx: RequestContext) -> None:
-        await self.fs.removexattr(self._inode(node), name)
+        await self.ask(self.fs.removexattr, self._inode(node), name)

@@ -106,10 +106,10 @@ class Mount:
             pytest.fail(f"the daemon's log has trouble:\n{new}")
 
     def ask(self, command: str) -> Mapping[str, object]:
-        """The last answer of the daemon to a control request: status, sync."""
+        """The last answer of the daemon to a control request (status, sync), with all entries that came before it."""
         (address,) = (self.base / "run").glob("*.sock")
-        *_, last = control.request(str(address), {"command": command}, None, DEADLINE_SECONDS)
-        return last
+        *_, last = answers = list(control.request(str(address), {"command": command}, None, DEADLINE_SECONDS))
+        return {**last, "unwritten": [entry for answer in answers for entry in answer.get("unwritten", ())]}
 
     def unmount(self) -> None:
         """Unmounts and waits for the daemon to have written out and ended; its exit status must be right."""

@@ -126,7 +126,7 @@ OPERATIONS: dict[str, Callable[[], object]] = {
     "symlink": lambda: os.symlink("there", "x"),
     "mknod": lambda: os.mkfifo("x"),
     "chmod": lambda: os.chmod("there", 0o600),
-    "chown": lambda: os.chown("there", 1, 1),
+    "chown": lambda: os.chown("there", os.geteuid(), os.getegid()),
     "utime": lambda: os.utime("there", (1, 1)),
     "truncate": lambda: os.truncate("there", 1),
     "setxattr": lambda: os.setxattr("there", "user.a", b"1"),

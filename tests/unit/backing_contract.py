@@ -98,6 +98,17 @@ class BackingContract:
         assert stat.S_IMODE(s.backing.fstat(fd).st_mode) == 0o4751
         refused(errno.EEXIST, s.backing.open, s.root, b"new", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
 
+    def test_redirect_makes_a_descriptor_lead_elsewhere_at_once(self, s: Store) -> None:
+        fd, other = s.file(data=b"old"), s.file(b"other", b"new")
+        by_path = s.opath(b"file")
+        for descriptor in (fd, by_path):
+            s.backing.redirect(descriptor, other)
+            assert s.backing.fstat(descriptor).st_ino == (s.path / "other").stat().st_ino
+            assert not os.get_inheritable(descriptor)
+        assert s.read(fd) == s.read(other) == b"new"
+        refused(errno.EBADF, s.backing.redirect, fd, 99_999)
+        assert s.read(fd) == b"new"
+
     def test_open_says_what_is_wrong_with_a_name(self, s: Store) -> None:
         s.file()
         refused(errno.ENOENT, s.backing.open, s.root, b"none", os.O_RDONLY)
@@ -267,6 +278,14 @@ class BackingContract:
         fd = s.keep(s.backing.open(s.root, b"file", os.O_CREAT | os.O_RDWR, 0o400))
         s.backing.truncate(fd, 5)
         assert s.backing.fstat(fd).st_size == 5
+
+    def test_flush_takes_files_and_leaves_them_open(self, s: Store) -> None:
+        fd = s.keep(s.backing.open(s.root, b"flushed", os.O_RDWR | os.O_CREAT, 0o600))
+        s.backing.pwritev(fd, [b"data"], 0)
+        s.backing.flush(fd)
+        s.backing.flush(fd)
+        assert s.backing.fstat(fd).st_size == 4
+        s.backing.pwritev(fd, [b"more"], 4)
 
     def test_fsync_takes_files_and_directories(self, s: Store) -> None:
         fd = s.file(data=b"data")

@@ -56,7 +56,7 @@ def test_every_option_is_read() -> None:
     values = {
         "cache_size": "64M", "policy": "lru", "kernel_cache": "keep", "readahead_max": "0", "dirty_limit": "16M",
         "dirty_background": "4M", "dirty_expire": "2s", "writeback_interval": "500ms", "metadata_ttl": "0",
-        "backing": "network", "metrics": "off", "state_dir": "/state", "simulate_latency": "10ms",
+        "backing": "network", "backing_timeout": "5s", "metrics": "off", "state_dir": "/state", "simulate_latency": "10ms",
         "simulate_bandwidth": "200M", "log_level": "debug", "read_only": "yes", "allow_other": "no",
         "fault_plan": "/plan", "durability": "journal", "journal_size": "64M",
     }  # fmt: skip
@@ -79,6 +79,7 @@ def test_every_option_is_read() -> None:
         ({"readahead_max": "10%"}, "--readahead-max '10%' is not a size"),
         ({"dirty_expire": "5 days"}, "--dirty-expire '5 days' is not a time"),
         ({"writeback_interval": "0"}, "give at least 10ms"),
+        ({"backing_timeout": "0"}, "--backing-timeout '0' is too short"),
         ({"policy": "lfu"}, "--policy 'lfu' is not one of lru, sieve, s3fifo; did you mean"),
         ({"kernel_cache": "on"}, "--kernel-cache 'on' is not one of off, open, keep"),
         ({"backing": "nfs"}, "--backing 'nfs' is not one of"),

@@ -32,9 +32,12 @@ LIBRARIES = ("trio", "pyfuse3", "os", "mmap", "numpy", "click")
 FOREIGN = {
     "fsync", "sync", "stat", "open", "close", "read", "write", "umount", "mount", "systemctl", "journalctl", "fusermount3",
     "argparse", "madvise", "posix_fallocate", "ro", "noatime", "nosuid", "nodev", "noexec", "_netdev", "ruff", "mypy",
-    "wait", "park", "_locked", "_bytes", "_pages", "_seconds", "_ns", *KERNEL_CACHE_MODES, *POLICY_NAMES,
+    "wait", "park", "acquire_on_behalf_of", "_locked", "_bytes", "_pages", "_seconds", "_ns", *KERNEL_CACHE_MODES, *POLICY_NAMES,
 }  # fmt: skip
-AWAITS_OF = ("cachefs/cache/fill.py", "cachefs/writeback.py", "cachefs/files.py", "cachefs/source.py", "cachefs/descriptors.py")
+AWAITS_OF = (
+    "cachefs/cache/fill.py", "cachefs/writeback.py", "cachefs/files.py", "cachefs/source.py", "cachefs/conflicts.py",
+    "cachefs/watch.py", "cachefs/descriptors.py", "cachefs/watchdog.py", "cachefs/question.py",
+)  # fmt: skip
 
 
 def text_of(document: str) -> str:

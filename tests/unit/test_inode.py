@@ -46,3 +46,25 @@ def test_a_number_in_use_is_given_to_no_other_inode(table: InodeTable, tmp_path:
     new = found(table, tmp_path / "old")
     assert new.node != old.node
     assert table.get(old.node) is old and table.get(new.node) is new
+
+
+def test_a_name_leads_to_who_was_last_seen_there_and_to_nobody_who_lost_it(table: InodeTable, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    a, b = found(table, tmp_path / "a"), found(table, tmp_path / "b")
+    root = table.root
+    assert (table.named(root, b"a"), table.named(root, b"b"), table.named(root, b"c")) == (a, b, None)
+    table.name(b, root, b"a")  # moved over it
+    table.unname(b, root, b"b")
+    table.check()
+    assert (table.named(root, b"a"), table.named(root, b"b")) == (b, None)
+    table.unname(a, root, b"a")
+    assert table.named(root, b"a") is b, "what the one before loses is not what this one has"
+    table.nothing_at(root, b"a")
+    table.check()
+    assert table.named(root, b"a") is None
+    table.name(b, root, b"a")
+    assert table.named(root, b"a") is b
+    b.lookups = 0
+    table.drop(b)
+    assert table.named(root, b"a") is None

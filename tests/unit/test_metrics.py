@@ -14,7 +14,7 @@ from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import prometheus_client.openmetrics.exposition
 import prometheus_client.openmetrics.parser
@@ -47,6 +47,8 @@ def invent(kind: Any, name: str, number: Callable[[], float]) -> Any:
         return MOUNTPOINT if name == "mountpoint" else name
     if kind in (int, float):
         return kind(number())
+    if get_origin(kind) is tuple:
+        return ()
     keys = {"misses": ("cold", "capacity", "invalidated"), "evictions": ("capacity", "dropped")}.get(name)
     if keys is None:
         keys = ("EIO", "ENOSPC") if name == "errors" else ("read", "fsync")
@@ -129,6 +131,10 @@ def test_each_series_shows_the_figure_it_is_named_after() -> None:
         "cachefs_backing_read_bytes_total": backing.read_bytes,
         "cachefs_backing_latency_seconds": backing.latency_seconds,
         "cachefs_backing_bandwidth_bytes_per_second": backing.bandwidth_bytes_per_second,
+        "cachefs_backing_lost": backing.lost,
+        "cachefs_backing_silent_seconds": backing.silent_seconds,
+        "cachefs_backing_timeouts_total": backing.timeouts,
+        "cachefs_conflicts_total": s.conflicts.total,
         "cachefs_open_handles": filesystem.open_handles,
         "cachefs_known_inodes": filesystem.known_inodes,
         "cachefs_open_descriptors": filesystem.open_descriptors,

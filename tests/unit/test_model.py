@@ -364,6 +364,7 @@ class Harness:
         assert await self.world.writeback.flush_all() == []
         self.check()
         assert not self.world.writeback.unwritten_pages
+        assert not self.world.files.conflicts.total, "others changed files only while nothing of ours was unwritten"
         for tracked in self.tracked:
             size = os.fstat(tracked.fd).st_size
             assert os.pread(tracked.fd, size + 1, 0) == tracked.model

@@ -27,6 +27,7 @@ from cachefs.journal.load import read
 from cachefs.journal.records import FileRecord, PagesRecord, checksum
 from cachefs.journal.rows import rows_in
 from cachefs.keeper import Keeper
+from cachefs.tasks import Spawner
 from cachefs.writeback import Writeback
 
 T = TypeVar("T")
@@ -37,8 +38,8 @@ CALLER = Caller(os.geteuid(), os.getegid(), 0o022)
 class SteppedIO(BackingIO):
     """Calls to the backing that take a random number of turns of the event loop instead of a thread: same seed, same order."""
 
-    def __init__(self, backing: FaultyBacking, seed: int) -> None:
-        super().__init__(backing)
+    def __init__(self, backing: FaultyBacking, seed: int, tasks: Spawner) -> None:
+        super().__init__(backing, tasks)
         self.random = random.Random(seed)
 
     async def in_thread(self, op: str, function: Callable[..., T], *args: object) -> T:
@@ -77,10 +78,11 @@ class World:
         ttl_seconds: float = 1.0,
         seed: int | None = None,
         journal: Path | None = None,
+        timeout_seconds: float = 30.0,
     ) -> None:
         self.top = top
         self.backing = FaultyBacking(DirectoryBacking(top, blocking=blocking))
-        self.io = BackingIO(self.backing) if seed is None else SteppedIO(self.backing, seed)
+        self.io = BackingIO(self.backing, nursery, timeout_seconds) if seed is None else SteppedIO(self.backing, seed, nursery)
         root_fd = self.backing.open_root()
         self.table = InodeTable(self.backing.fstat(root_fd))
         self.descriptors = Descriptors(self.io, self.table, root_fd, 64)
@@ -98,12 +100,14 @@ class World:
             expire_seconds=expire_seconds,
             interval_seconds=interval_seconds,
             settled=self._settled,
+            watchdog=self.io.watchdog,
         )
         self.changed: list[Inode] = []  # files that turned out to be changed underneath
-        self.filler = Filler(self.cache, nursery, self.writeback.need_room)
+        self.gone: list[tuple[Inode, bytes]] = []  # names that turned out to mean something else
+        self.filler = Filler(self.cache, nursery, self.writeback.need_room, self.io.watchdog)
         self.files = Files(
             self.io, self.descriptors, self.cache, self.filler, self.writeback, self.keeper,
-            readahead_pages * PAGE_SIZE, ttl_seconds, self.changed.append,
+            readahead_pages * PAGE_SIZE, ttl_seconds, self.changed.append, lambda *place: self.gone.append(place),
         )  # fmt: skip
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
 

@@ -14,6 +14,7 @@ import pytest
 from command import Command, is_mounted, one_line, wait_until
 
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(90)]
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts something that is not FUSE")
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
@@ -45,6 +46,7 @@ def append_until_error(descriptor: int, acknowledged: list[int]) -> None:
             time.sleep(0.001)
 
 
+@needs_root
 def test_sigterm_with_a_file_open_loses_nothing_and_spares_what_is_mounted_in_its_place(cachefs: Command) -> None:
     """A program that writes on and on has some seconds to close; every write that succeeded is on SOURCE."""
     process = cachefs.foreground("--dirty-expire", "1h")
@@ -85,6 +87,7 @@ def test_sigterm_ends_with_status_1_when_something_could_not_be_written(cachefs:
     cachefs.nothing_left()
 
 
+@needs_root
 def test_an_aborted_connection_writes_everything_and_leaves_no_dead_mount(cachefs: Command) -> None:
     process = cachefs.foreground("--dirty-expire", "1h")
     (cachefs.path / "file").write_bytes(b"x" * 100_000)
