@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.1
+DISCARD_SECONDS = 5.0  # for a batch that is on its way: what a thread is writing cannot be taken back
 
 
 class Commands:
@@ -100,7 +101,10 @@ class Commands:
             return await send({"done": True, "unwritten": await send_parts(send, self.ledger.parts(failing))})
         given_up_bytes = 0
         for inode in failing:
-            nbytes = await self.stack.files.discard_unwritten(inode)
+            with trio.move_on_after(DISCARD_SECONDS) as patience:
+                nbytes = await self.stack.files.discard_unwritten(inode)
+            if patience.cancelled_caught:
+                raise CachefsError(f"{self._shown(path)} is being written at this moment: try again when SOURCE answers")
             log.warning("discarded on request: %d unwritten bytes of %s", nbytes, self._shown(path))
             await self.mount.invalidate(inode.node)
             given_up_bytes += nbytes
