@@ -86,9 +86,10 @@ class Predecessor:
         return sorted(left, key=lambda file: file.record.seq)
 
     def keep_damaged(self) -> str:
-        """Gives the index another name."""
+        """Gives the index another name; it keeps its own one too until a new index takes that."""
         kept = f"{self.index_path}.damaged-{time.strftime('%Y-%m-%dT%H-%M-%S')}"
-        os.rename(self.index_path, kept)
+        with contextlib.suppress(FileExistsError):
+            os.link(self.index_path, kept)
         return kept
 
     def check_source(self, meta: dict[bytes, bytes]) -> None:
@@ -182,7 +183,8 @@ class Recovery:
             self.notes.append(f"the journal was damaged ({problems}): {len(placed)} files could be read; the old one is {kept}")
         try:
             left = [(file.record, file.pages) for file in placed]
-            return Journal(predecessor.directory, size_bytes, {**self.meta, b"boot": predecessor.boot}, left)
+            meta, anew = {**self.meta, b"boot": predecessor.boot}, not predecessor.trusted
+            return Journal(predecessor.directory, size_bytes, meta, left, anew)
         except (OSError, JournalFull) as error:
             raise CachefsError(f"can't make a journal in {predecessor.directory}: {error or 'no room'}") from None
 
