@@ -67,6 +67,10 @@ class Backing(ABC):
         """Attributes of an open inode."""
 
     @abstractmethod
+    def size(self, fd: int) -> int:
+        """The size of an open file as the store itself tells it now, whatever of that is remembered on the way."""
+
+    @abstractmethod
     def listdir(self, dirfd: int) -> list[bytes]:
         """Every name in the directory but "." and "..", in the store's order."""
 

@@ -46,6 +46,7 @@ class Wrapper(Backing):
     close = _through(Backing.close)
     stat = _through(Backing.stat)
     fstat = _through(Backing.fstat)
+    size = _through(Backing.size)
     listdir = _through(Backing.listdir)
     readlink = _through(Backing.readlink)
     preadv = _through(Backing.preadv)

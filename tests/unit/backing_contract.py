@@ -301,6 +301,13 @@ class BackingContract:
         s.backing.truncate(fd, 5)
         assert s.backing.fstat(fd).st_size == 5
 
+    def test_size_is_that_of_the_file_now(self, s: Store) -> None:
+        fd = s.keep(s.backing.open(s.root, b"sized", os.O_RDWR | os.O_CREAT, 0o600))
+        for size in (0, 5, (5 << 32) + 1):
+            s.backing.truncate(fd, size)
+            assert s.backing.size(fd) == size
+        refused(errno.EBADF, s.backing.size, -1)
+
     def test_flush_takes_files_and_leaves_them_open(self, s: Store) -> None:
         fd = s.keep(s.backing.open(s.root, b"flushed", os.O_RDWR | os.O_CREAT, 0o600))
         s.backing.pwritev(fd, [b"data"], 0)
