@@ -497,15 +497,22 @@ class Files:
         inode = handle.inode
         if self.keeper.synced is None:
             await self._write_out(inode)
-        else:
-            await self.keeper.sync(inode)
+            self._report(handle)
+            return await self._make_durable(handle, datasync)
         self._report(handle)
-        if inode.unsynced or self.keeper.synced is None:
-            try:
-                await self.make_durable(inode, datasync)
-            except OSError:
-                handle.errors_seen = inode.error_count
-                raise
+        while True:  # the journal is enough for what is in it, and the backing has to have the rest before that is said there
+            if inode.unsynced:
+                await self._make_durable(handle, datasync)
+            if await self.keeper.sync(inode):
+                return None
+
+    async def _make_durable(self, handle: Handle, datasync: bool) -> None:
+        """`make_durable` for a handle, which then has been told what went wrong."""
+        try:
+            await self.make_durable(handle.inode, datasync)
+        except OSError:
+            handle.errors_seen = handle.inode.error_count
+            raise
 
     async def make_durable(self, inode: Inode, datasync: bool = False) -> None:
         """What has been written back of a file is durable on the backing when this returns without error."""

@@ -130,12 +130,18 @@ class Keeper:
 
     # --- making durable ------------------------------------------------------------------------------------------------
 
-    async def sync(self, inode: Inode) -> None:
-        """What is unwritten of the file survives a power cut when this returns; OSError where the disk refuses."""
+    async def sync(self, inode: Inode) -> bool:
+        """What is unwritten of the file survives a power cut when this returns; OSError where the disk refuses.
+
+        False, and nothing done, while the backing has something of the file that is not durable there: what the durable index
+        says of that part must not go before it is.
+        """
         async with self._syncing:
             journal, synced, kept = self.journal, self.synced, inode.journaled
-            if journal is None or synced is None or kept is None or not kept.cover:
-                return
+            if inode.unsynced:
+                return False
+            if journal is None or synced is None or kept is None:
+                return True
             record, rows, entries = replace(kept.record, seq=journal.seq), rows_of(kept), set(kept.cover.values())
             before = kept.synced
             for entry in entries:
@@ -147,6 +153,9 @@ class Keeper:
                 journal.unsync(kept, entries - before)
                 raise
             journal.unsync(kept, before - entries)
+            if not kept.cover and not kept.synced and inode.journaled is kept:
+                inode.journaled = None
+            return True
 
     async def retire(self) -> None:
         """Lets go of what was synced of files that are written back by now, once that is durable on the backing."""
@@ -318,8 +327,11 @@ async def _nothing_is_durable(inodes: Iterable[Inode]) -> None:
 
 
 def _store(journal: Journal, synced: Synced, record: FileRecord, rows: list[PagesRecord]) -> None:
-    journal.data.sync()
-    synced.store(record, rows)
+    if rows:
+        journal.data.sync()
+        synced.store(record, rows)
+    else:
+        synced.drop([record.file])
 
 
 def _pages(offset: int, nbytes: int) -> range:
