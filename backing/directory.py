@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import signal
 import stat
 import sys
 from collections.abc import Sequence
@@ -222,6 +224,19 @@ class DirectoryBacking(Backing):
         raw = _FileHandle(len(data), int.from_bytes(kind, "little", signed=True))
         ctypes.memmove(raw.data, data, len(data))
         return _checked(_libc.open_by_handle_at(self._top, ctypes.byref(raw), _opening(flags) & ~NEVER_ON_REOPEN))
+
+    def lease(self, fd: int) -> bool:
+        if self.blocking:
+            return False
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # that somebody waits: let it be; SIGIO would end us
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError:
+            return False
+        return True
+
+    def unlease(self, fd: int) -> None:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
     def watch_path(self, fd: int) -> str | None:
         return None if self.blocking else _path(fd)

@@ -77,6 +77,12 @@ class Wrapper(Backing):
     def open_stat(self, dirfd: int, name: bytes, flags: int, mode: int = 0) -> tuple[int, os.stat_result]:
         return self.around("open", self.inner.open_stat, (dirfd, name, flags, mode))
 
+    def lease(self, fd: int) -> bool:
+        return not self.blocking and self.inner.lease(fd)
+
+    def unlease(self, fd: int) -> None:
+        self.inner.unlease(fd)
+
     def watch_path(self, fd: int) -> str | None:
         return None if self.blocking else self.inner.watch_path(fd)
 

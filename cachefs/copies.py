@@ -14,6 +14,7 @@ import time
 from backing.base import Backing
 from cachefs.backingio import write_fully
 from cachefs.inode import Signature, signature_of
+from cachefs.watchdog import getting_on
 
 NUMBER_MAX = 100_000  # copies of one name and second
 CHUNK_BYTES = 1 << 20  # for each read of a copy
@@ -64,6 +65,7 @@ def copy_piece(backing: Backing, fd: int, to_fd: int, offset: int, end: int) -> 
     buffer = memoryview(bytearray(CHUNK_BYTES))
     zeros = bytes(CHUNK_BYTES)
     while offset < end:
+        getting_on(2 * CHUNK_BYTES)
         nbytes = backing.preadv(fd, [buffer[: end - offset]], offset)
         if not nbytes:
             break
@@ -122,7 +124,12 @@ def sync(backing: Backing, fd: int, dirfd: int) -> None:
 
 def resize(backing: Backing, fd: int, theirs: Signature, size: int) -> os.stat_result | None:
     """Sets the size of a file that has this signature; None, and nothing done, if it has another one by now."""
-    if signature_of(backing.fstat(fd))[:2] != theirs[:2]:
-        return None
-    backing.truncate(fd, size)
-    return backing.fstat(fd)
+    leased = backing.lease(fd)
+    try:
+        if signature_of(backing.fstat(fd))[:2] != theirs[:2]:
+            return None
+        backing.truncate(fd, size)
+        return backing.fstat(fd)
+    finally:
+        if leased:
+            backing.unlease(fd)

@@ -86,7 +86,7 @@ class Files:
         self.data = DataDescriptors(io, descriptors)
         self.space = Space(io, descriptors, writeback)
         self.conflicts = Conflicts(io, descriptors, self.data, self._noticed, gone)
-        self.data.keep_theirs = self.conflicts.keep_theirs
+        self.data.keep_theirs = self._keep_theirs
         self.data.keep_ours = self._keep_ours
         self.data.looked = self.absorb
         self.opened: Callable[[Inode], None] = lambda inode: None
@@ -226,6 +226,12 @@ class Files:
         finally:
             inode.busy -= 1
             self.data.settle(inode)
+
+    async def _keep_theirs(self, inode: Inode) -> None:
+        """For writeback, which has begun and written nothing."""
+        self.keeper.halt(inode)
+        await self.conflicts.keep_theirs(inode)
+        self.keeper.begin(inode)
 
     async def _keep_ours(self, inode: Inode) -> None:
         if await self.conflicts.keep_ours(inode) is not None:
@@ -445,15 +451,22 @@ class Files:
         inode = handle.inode
         if self.keeper.synced is None:
             await self._write_out(inode)
-        else:
-            await self.keeper.sync(inode)
+            self._report(handle)
+            return await self._make_durable(handle, datasync)
         self._report(handle)
-        if inode.unsynced or self.keeper.synced is None:
-            try:
-                await self.make_durable(inode, datasync)
-            except OSError:
-                handle.errors_seen = inode.error_count
-                raise
+        while True:  # the journal is enough for what is in it, and the backing has to have the rest before that is said there
+            if inode.unsynced:
+                await self._make_durable(handle, datasync)
+            if await self.keeper.sync(inode):
+                return None
+
+    async def _make_durable(self, handle: Handle, datasync: bool) -> None:
+        """`make_durable` for a handle, which then has been told what went wrong."""
+        try:
+            await self.make_durable(handle.inode, datasync)
+        except OSError:
+            handle.errors_seen = handle.inode.error_count
+            raise
 
     async def make_durable(self, inode: Inode, datasync: bool = False) -> None:
         """What has been written back of a file is durable on the backing when this returns without error."""

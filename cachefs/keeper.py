@@ -43,13 +43,6 @@ class Keeper:
         self.written_through = 0  # writes that the journal could not take
         self._failing = False
 
-    @property
-    def place(self) -> str | None:
-        """Where unwritten data outlives this process, for people; None if it does not."""
-        if self.journal is None:
-            return None
-        return f"in the journal {self.journal.directory}, for the next mount of SOURCE"
-
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def full(self, nbytes: int) -> bool:
@@ -117,24 +110,38 @@ class Keeper:
             self._note(journal, kept)
         return journal.seq
 
-    def end(self, inode: Inode, extents: list[tuple[int, int]], last_seq: int, failed: bool) -> None:
+    def halt(self, inode: Inode) -> None:
+        """Writeback has written nothing yet, and something else comes first: what changes meanwhile is not of our making."""
+        kept = inode.journaled
+        if self.journal is not None and kept is not None:
+            kept.record.writing = False
+            kept.record.signature = inode.signature
+            self._note(self.journal, kept)
+
+    def end(self, inode: Inode, extents: list[tuple[int, int]], last_seq: int) -> None:
         """The backing has these extents (offset, bytes) as they were at `last_seq`, the result of `begin`."""
         journal, kept = self.journal, inode.journaled
         if journal is None or kept is None:
             return
         pages = [page for offset, nbytes in extents for page in _pages(offset, nbytes)]
-        kept.record.writing = failed
+        kept.record.writing, kept.record.cutting = inode.unsure, False
         kept.record.signature = inode.signature
         self._remove(journal, inode, kept, pages, last_seq)
 
     # --- making durable ------------------------------------------------------------------------------------------------
 
-    async def sync(self, inode: Inode) -> None:
-        """What is unwritten of the file survives a power cut when this returns; OSError where the disk refuses."""
+    async def sync(self, inode: Inode) -> bool:
+        """What is unwritten of the file survives a power cut when this returns; OSError where the disk refuses.
+
+        False, and nothing done, while the backing has something of the file that is not durable there: what the durable index
+        says of that part must not go before it is.
+        """
         async with self._syncing:
             journal, synced, kept = self.journal, self.synced, inode.journaled
-            if journal is None or synced is None or kept is None or not kept.cover:
-                return
+            if inode.unsynced:
+                return False
+            if journal is None or synced is None or kept is None:
+                return True
             record, rows, entries = replace(kept.record, seq=journal.seq), rows_of(kept), set(kept.cover.values())
             before = kept.synced
             for entry in entries:
@@ -146,6 +153,9 @@ class Keeper:
                 journal.unsync(kept, entries - before)
                 raise
             journal.unsync(kept, before - entries)
+            if not kept.cover and not kept.synced and inode.journaled is kept:
+                inode.journaled = None
+            return True
 
     async def retire(self) -> None:
         """Lets go of what was synced of files that are written back by now, once that is durable on the backing."""
@@ -317,8 +327,11 @@ async def _nothing_is_durable(inodes: Iterable[Inode]) -> None:
 
 
 def _store(journal: Journal, synced: Synced, record: FileRecord, rows: list[PagesRecord]) -> None:
-    journal.data.sync()
-    synced.store(record, rows)
+    if rows:
+        journal.data.sync()
+        synced.store(record, rows)
+    else:
+        synced.drop([record.file])
 
 
 def _pages(offset: int, nbytes: int) -> range:

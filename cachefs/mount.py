@@ -84,7 +84,7 @@ class Mount:
         self.backing = backing
         self.stopping = False
         self.failed: list[dict[str, object]] = []  # entries of what could not be written, at the end
-        self.kept: str | None = None  # where that is kept; None = nowhere, it is lost with this process
+        self.kept_at_end: str | None = None  # where that is from then on; None = nowhere: it is lost
         self.exit_status = 0
         self.lost = False  # whether SOURCE was, at the end
         self.metrics: MetricsServer | None = None
@@ -275,8 +275,8 @@ class Mount:
         for entry in self.failed:
             log.error("not written: %s", json.dumps({key: entry[key] for key in LOGGED}))
             self.exit_status = 1
-        self.kept = self.stack.keeper.place
-        self.state.note_end(self.failed, self.kept)
+        self.kept_at_end = self.kept
+        self.state.note_end(self.failed, self.kept_at_end)
         if os.environ.get("CACHEFS_CHECK"):
             self._check()
         pyfuse3.close(unmount=False)
@@ -298,6 +298,12 @@ class Mount:
         except AssertionError:
             log.critical("invariants do not hold", exc_info=True)
             self.exit_status = 1
+
+    @property
+    def kept(self) -> str | None:
+        """Where acknowledged data outlives this process, for people; None = nowhere."""
+        journal = self.stack.keeper.journal
+        return f"in the journal {journal.directory}, for the next mount" if journal is not None else None
 
     @property
     def metrics_url(self) -> str | None:

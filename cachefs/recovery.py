@@ -86,9 +86,10 @@ class Predecessor:
         return sorted(left, key=lambda file: file.record.seq)
 
     def keep_damaged(self) -> str:
-        """Gives the index another name."""
+        """Gives the index another name; it keeps its own one too until a new index takes that."""
         kept = f"{self.index_path}.damaged-{time.strftime('%Y-%m-%dT%H-%M-%S')}"
-        os.rename(self.index_path, kept)
+        with contextlib.suppress(FileExistsError):
+            os.link(self.index_path, kept)
         return kept
 
     def check_source(self, meta: dict[bytes, bytes]) -> None:
@@ -182,7 +183,8 @@ class Recovery:
             self.notes.append(f"the journal was damaged ({problems}): {len(placed)} files could be read; the old one is {kept}")
         try:
             left = [(file.record, file.pages) for file in placed]
-            return Journal(predecessor.directory, size_bytes, {**self.meta, b"boot": predecessor.boot}, left)
+            meta, anew = {**self.meta, b"boot": predecessor.boot}, not predecessor.trusted
+            return Journal(predecessor.directory, size_bytes, meta, left, anew)
         except (OSError, JournalFull) as error:
             raise CachefsError(f"can't make a journal in {predecessor.directory}: {error or 'no room'}") from None
 
@@ -210,7 +212,7 @@ class Recovery:
 
     async def _placed(self, left: Left) -> bool:
         """Finds the file that the pages belong to, or puts them aside."""
-        left.pages = [pages for pages in left.pages if self._readable(left.record, pages)]
+        left.pages = [pages for pages in left.pages if self._readable(left, pages)]
         inode = await self._find(left.record)
         if inode is None:
             return self._set_aside(left, "the file is gone, or another one has its place")
@@ -219,15 +221,20 @@ class Recovery:
         left.inode = inode
         return True
 
-    def _readable(self, record: FileRecord, pages: PagesRecord) -> bool:
+    def _readable(self, left: Left, pages: PagesRecord) -> bool:
         data = os.pread(self._data_fd, pages.count << PAGE_SHIFT, pages.slot << PAGE_SHIFT)
         if len(data) == pages.count << PAGE_SHIFT and checksum(data) == pages.checksum:
             return True
-        superseded = self._superseded(record, pages)
-        if not superseded:
-            first, last = pages.page << PAGE_SHIFT, (pages.page + pages.count) << PAGE_SHIFT
-            self.notes.append(f"the journal is damaged: lost of {_name(record)}: bytes {first} to {last}")
+        first, last = pages.page << PAGE_SHIFT, (pages.page + pages.count) << PAGE_SHIFT
+        if self._rebooted and not left.durable:
+            log.info("not synced when the machine went down: %s: bytes %d to %d", _name(left.record), first, last)
+        elif not self._superseded(left.record, pages):
+            self.notes.append(f"the journal is damaged: lost of {_name(left.record)}: bytes {first} to {last}")
         return False
+
+    @property
+    def _rebooted(self) -> bool:
+        return self.predecessor.found.meta.get(b"boot", self.predecessor.boot) != self.predecessor.boot
 
     def _superseded(self, record: FileRecord, pages: PagesRecord) -> bool:
         """Whether later records have all of these pages, so that the slots may have been given to others."""
@@ -248,7 +255,7 @@ class Recovery:
         try:
             for path in record.paths:
                 inode = await self._at(path)
-                if inode is not None and inode.is_regular and self._same(record, inode):
+                if inode is not None and inode.is_regular and await self._same(record, inode):
                     return inode
             return await self._by_handle(record)
         except OSError as error:
@@ -266,28 +273,13 @@ class Recovery:
             raise
         return inode
 
-    def _same(self, record: FileRecord, inode: Inode) -> bool:
+    async def _same(self, record: FileRecord, inode: Inode) -> bool:
+        """By its handle where there are any: numbers are given to other files when theirs are gone."""
         backing = self.stack.io.backing
         if record.handle and not backing.blocking:
-            with_handle = self._handle_of(inode)
-            if with_handle is not None:
-                return with_handle == record.handle
+            with contextlib.suppress(OSError):
+                return await self.stack.descriptors.at("handle", inode, backing.file_handle) == record.handle
         return inode.key[1] == record.number or signature_of(inode.st)[:2] == record.signature[:2]
-
-    def _handle_of(self, inode: Inode) -> bytes | None:
-        backing = self.stack.io.backing
-        parent, name = next(iter(inode.names))
-        try:
-            fd = backing.open(parent.fd, name, os.O_PATH) if parent.fd >= 0 else -1
-        except OSError:
-            return None
-        try:
-            return backing.file_handle(fd)
-        except OSError:
-            return None
-        finally:
-            if fd >= 0:
-                backing.close(fd)
 
     async def _by_handle(self, record: FileRecord) -> Inode | None:
         backing = self.stack.io.backing
@@ -313,12 +305,13 @@ class Recovery:
         inode, record = left.inode, left.record
         assert inode is not None
         file = self.stack.files.ensure_file(inode)
-        await self._keep_theirs(inode, record)
+        ours_may_go_there = await self._keep_theirs(inode, left)
         kept = journal.files[record.file]
         inode.journaled = kept
         inode.mtime_ns = record.mtime_ns
         if kept.cover or record.cutting:  # else its first write was under way
-            if inode.st.st_size != record.size:
+            if ours_may_go_there and inode.st.st_size != record.size:
+                self.stack.keeper.touching(inode)
                 await self._resize(inode, record.size)
             self.stack.cache.truncate(file, record.size)
         await self._load(journal, inode, kept)
@@ -328,16 +321,24 @@ class Recovery:
             self.stack.keeper.forget(inode)
         self.stack.fs.drop(inode)
 
-    async def _keep_theirs(self, inode: Inode, record: FileRecord) -> None:
-        """Somebody else may have changed the file since: then both versions are kept.
+    async def _keep_theirs(self, inode: Inode, left: Left) -> bool:
+        """Somebody else may have changed the file since: then both versions are kept. False if that could not be done.
 
-        Where a writeback or truncate of ours was under way, their change cannot be told from it.
+        Where a writeback or truncate of ours was under way, their change cannot be told from it. Nor on a disk that went down
+        with us: what the file has there is most likely of our own writeback after the fsync.
         """
-        shown = signature_of(inode.st)[:2]
+        record, shown = left.record, signature_of(inode.st)[:2]
+        if left.durable and not self.predecessor.trusted and not self.stack.io.backing.blocking:
+            return True
         if record.writing or record.cutting or shown in (record.signature[:2], (record.mtime_ns, record.size)):
-            return
+            return True
         async with inode.lock:
-            await self.stack.files.conflicts.keep_theirs(inode)
+            try:
+                await self.stack.files.conflicts.keep_theirs(inode)
+            except OSError:
+                inode.signature = record.signature  # so that writeback meets the conflict, and tells what is wrong
+                return False
+        return True
 
     async def _resize(self, inode: Inode, size: int) -> None:
         """A truncate may have been under way; for what was only written, this is done by writing as well."""

@@ -234,7 +234,21 @@ class Written(NamedTuple):
 def write_extents(
     backing: Backing, fd: int, extents: Extents, mtime_ns: int, known: tuple[int, int] | None
 ) -> Written:
-    """Runs in the writeback thread. `known` are mtime and size that the backing should have; None: whatever it has."""
+    """Runs in the writeback thread. `known` are mtime and size that the backing should have; None: whatever it has.
+
+    Where it can, it lets nobody open the file meanwhile: what others write then could not be told from ours.
+    """
+    leased = backing.lease(fd)
+    try:
+        return _write_extents(backing, fd, extents, mtime_ns, known)
+    finally:
+        if leased:
+            backing.unlease(fd)
+
+
+def _write_extents(
+    backing: Backing, fd: int, extents: Extents, mtime_ns: int, known: tuple[int, int] | None
+) -> Written:
     done, problem = 0, None
     try:
         before = backing.fstat(fd)

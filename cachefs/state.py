@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from cachefs import mountinfo
 from cachefs.config import Config
@@ -101,9 +102,10 @@ class State:
             self.publish(STOPPING)
 
     def note_end(self, unwritten: Sequence[Mapping[str, object]], kept: str | None) -> None:
-        """Leaves a note of what could not be written and where that is kept, for who asked us to end and did not hear us."""
+        """Leaves a note of what could not be written, for who asked us to end and did not get our last words."""
+        note = {"pid": os.getpid(), "kept": kept, "unwritten": unwritten}
         with contextlib.suppress(CachefsError):
-            _write_atomically(os.path.join(self.directory, _END_FILE), json.dumps([os.getpid(), unwritten, kept]))
+            _write_atomically(os.path.join(self.directory, _END_FILE), json.dumps(note))
 
     def close(self) -> None:
         """Gives the state up: removes what names this process, then the lock."""
@@ -208,14 +210,14 @@ def find_daemon(path: str) -> DaemonRecord | None:
     return next((record for record in live if record.source == real), None)
 
 
-def how_it_ended(record: DaemonRecord) -> tuple[list[dict[str, object]], str | None] | None:
-    """What this daemon could not write by the end of its mount, and where that is kept; None if it left no word of that."""
+def how_it_ended(record: DaemonRecord) -> Mapping[str, Any] | None:
+    """The note that this daemon left at the end of its mount; None if it left none, as one that was killed."""
     try:
         with open(os.path.join(record.state_dir, _END_FILE), encoding="ascii") as file:
-            pid, unwritten, kept = json.load(file)
-    except (OSError, ValueError, TypeError):
+            note = json.load(file)
+    except (OSError, ValueError):
         return None
-    return (list(unwritten), kept) if pid == record.pid else None
+    return note if isinstance(note, dict) and note.get("pid") == record.pid else None
 
 
 def _live_record(path: str) -> DaemonRecord | None:

@@ -254,7 +254,7 @@ class Writeback:
             done, error = await file.source.write([(offset, buffers) for offset, buffers, _ in batch])
         finally:
             written = [(offset, sum(map(len, buffers))) for offset, buffers, _ in batch[:done]]
-            self.keeper.end(inode, written, last_seq, done < len(batch))
+            self.keeper.end(inode, written, last_seq)
             for i, (_, _, pages) in enumerate(batch):
                 for group, mask in pages:
                     self.cache.finish_writeback(group, mask, None if i < done else since)

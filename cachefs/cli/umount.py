@@ -67,10 +67,10 @@ def _ask_to_end(record: DaemonRecord, process: int | None, timeout: float | None
     except control.ConnectionLost as error:
         soon = time.monotonic() + _LAST_SECONDS
         _is_gone(record, process, soon if deadline is None else min(soon, deadline))
-        end = how_it_ended(record)
-        if end is None:
+        note = how_it_ended(record)
+        if note is None:
             raise CachefsError(f"{error}: see {record.log}") from None
-        return Answer({"kept": end[1]}, end[0])
+        return Answer(note, list(note["unwritten"]))
 
 
 def _list_what_is_left(record: DaemonRecord, timeout: float, late: OutOfTime) -> int:

@@ -62,8 +62,12 @@ class Journal:
         size_bytes: int,
         meta: Mapping[bytes, bytes],
         left: Iterable[tuple[FileRecord, Sequence[PagesRecord]]] = (),
+        anew: bool = False,
     ) -> None:
-        """`left`: what a predecessor left, with which `files` begins; whatever else there is, is forgotten."""
+        """`left`: what a predecessor left, with which `files` begins; whatever else there is, is forgotten.
+
+        `anew`: its index is not to be built upon. It stays as it is until a whole new one takes its name.
+        """
         self.directory = directory
         self.slots = SlotMap(size_bytes // PAGE_SIZE)
         self.data = SlotFile(os.path.join(directory, DATA_FILE), self.slots.count)
@@ -72,7 +76,11 @@ class Journal:
         self.seq = 0  # of the last record
         self._last_file = 0
         self._undeleted: list[Key] = []  # rows that the index was to lose when it could not be written
-        self.index = Index(os.path.join(directory, INDEX_FILE), self.slots.count)
+        path = os.path.join(directory, INDEX_FILE)
+        being_made = path + ".new" if anew else path
+        if anew:
+            _remove(being_made)
+        self.index = Index(being_made, self.slots.count)
         for record, pages in left:
             self._adopt(record, pages)
         known = {entry.slot for file in self.files.values() for entry in file.cover.values()}
@@ -83,6 +91,7 @@ class Journal:
         puts = [row for file in self.files.values() for row in self._file_row(file)]
         puts += [(self.index.meta, key, value) for key, value in {b"version": str(VERSION).encode(), **meta}.items()]
         self.index.commit(puts, self.index.keys_but(self.files))
+        os.rename(being_made, path)
 
     # --- writing down ------------------------------------------------------------------------------------------------
 
@@ -279,8 +288,7 @@ class Journal:
         self.data.close()
         if empty:
             for name in (INDEX_FILE, ROWS_FILE, DATA_FILE, SYNCED_FILE):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(self.directory, name))
+                _remove(os.path.join(self.directory, name))
 
     def check(self) -> None:
         """Asserts that covers, masks and slots agree."""
@@ -293,6 +301,11 @@ class Journal:
                 assert entry.live == sum(1 << (page - entry.page) for page in live), "live pages miscounted"
             taken += sum(entry.count for entry in entries | file.synced)
         assert taken <= self.slots.used, "slots that nobody took"
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 __all__ = ["Entry", "Journal", "JournalFile", "JournalFull"]

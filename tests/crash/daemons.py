@@ -60,7 +60,8 @@ class Spawner:
         self.statuses: dict[int, int] = {}
         environment = {**PLAIN_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
         keep = theirs.fileno()
-        start = f"import os, runpy; os.dup2({keep}, 3); runpy.run_path({str(Path(__file__).with_name('spawner.py'))!r}, None, '__main__')"
+        program = str(Path(__file__).with_name("spawner.py"))
+        start = f"import os, runpy; os.dup2({keep}, 3); runpy.run_path({program!r}, None, '__main__')"
         self._process = subprocess.Popen([sys.executable, "-c", start], pass_fds=[keep], env=environment)
         theirs.close()
 
@@ -112,7 +113,7 @@ class Place:
         self.source, self.state = source or base / "source", state or base / "state"
         self.path, self.log = base / "mnt", base / "log"
         for directory in (self.source, self.state, self.path, base / "run"):
-            directory.mkdir(exist_ok=True, parents=True)
+            directory.mkdir(mode=0o755, exist_ok=True, parents=True)
         self.options: list[str] = []
         self.environment = {"CACHEFS_RUNTIME_DIR": str(base / "run"), "CACHEFS_CHECK": "1"}
         self.pid = 0
@@ -152,7 +153,7 @@ class Place:
                     assert self.record()["pid"] == self.pid
                     return
             elif self.spawner.ended(self.pid):
-                raise Crashed(f"cachefs mount ended with {self.spawner.wait(self.pid)}:\n{self.log_text()}")
+                raise Crashed(f"cachefs mount ended with {self._forget()}:\n{self.log_text()}")
         raise Crashed(f"no READY=1 within {DEADLINE_SECONDS:g} s:\n{self.log_text()}")
 
     def _deafen(self) -> None:
@@ -175,12 +176,17 @@ class Place:
     def kill(self) -> bool:
         """SIGKILL for the daemon; returns when it is gone: True, or False if it had ended by itself with status 0."""
         self._signal(signal.SIGKILL)
-        status = self.spawner.wait(self.pid)
-        os.close(self._pidfd)
-        self.pid = 0
+        status = self._forget()
         if status not in (0, -signal.SIGKILL):
             raise Crashed(f"exit status {status}:\n{self.log_text()}")
         return status == -signal.SIGKILL
+
+    def _forget(self) -> int:
+        """Waits for the end of the daemon; its exit status."""
+        status = self.spawner.wait(self.pid)
+        os.close(self._pidfd)
+        self.pid = 0
+        return status
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -229,7 +235,8 @@ class Place:
             log.seek(self._log_seen)
             new = log.read()
             self._log_seen += len(new)
-            return [line for line in new.decode(errors="replace").splitlines() if BAD.search(line) and not (ordinary and ordinary.search(line))]
+            bad = [line for line in new.decode(errors="replace").splitlines() if BAD.search(line)]
+            return [line for line in bad if not (ordinary and ordinary.search(line))]
         return []
 
     def recovered(self) -> list[Aside]:

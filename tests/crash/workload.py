@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import random
+import time
 from collections.abc import Callable, Mapping
 
 from contents import explain_difference, stamp
@@ -21,7 +22,7 @@ PAGE = 4096
 SMALL_FILE_BYTES, LARGE_FILE_BYTES = 256 << 10, 3 << 20
 FILES_MAX, DIRECTORIES_MAX, HANDLES_MAX = 10, 5, 5
 MODES = (0o600, 0o644, 0o640, 0o777)
-TRIES = 200  # of a call that fails while faults are injected; they end by then
+PATIENCE_SECONDS, PAUSE_SECONDS = 30.0, 0.01  # for a call that fails while faults are injected: writeback tries again after 0.5 s
 PASSING = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT})  # what a call may be tried again after
 
 WEIGHTS: Mapping[str, int] = {
@@ -83,13 +84,15 @@ class Workload:
         return result
 
     def _insist(self, call: Callable[[], int | None]) -> int | None:
-        for _ in range(TRIES if self.patient else 1):
+        give_up_at = time.monotonic() + (PATIENCE_SECONDS if self.patient else 0.0)
+        while True:
             try:
                 return call()
             except OSError as error:
                 number = error.errno or 0
-                if number not in PASSING:
+                if number not in PASSING or time.monotonic() > give_up_at:
                     break
+                time.sleep(PAUSE_SECONDS)
         self.record.append(FAILED, number)
         raise Gone
 

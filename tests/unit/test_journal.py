@@ -235,6 +235,22 @@ def test_a_successor_goes_on_with_what_was_found(journal: Journal) -> None:
         shut(journal)
 
 
+def test_an_index_that_is_not_to_be_built_upon_is_replaced_by_a_whole_new_one(journal: Journal, tmp_path: Path) -> None:
+    """A power cut may leave an LMDB file that can be read in part and not be written to."""
+    kept = journal.add(a_record())
+    journal.put(kept, 3, memoryview(page(1)))
+    journal.index.close()
+    index = tmp_path / "index.mdb"
+    index.write_bytes(b"\xa5" * index.stat().st_size)
+    with pytest.raises(OSError):
+        Journal(os.fspath(tmp_path), 1 << 20, {})
+    successor = Journal(os.fspath(tmp_path), 1 << 20, {}, [(kept.record, rows_of(kept))], anew=True)
+    assert set(successor.files[kept.record.file].cover) == {3}
+    successor.index.close()
+    found = load(os.fspath(index))
+    assert found is not None and not found.doubtful and list(found.files) == [kept.record.file]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1 << 30))
 def test_random_puts_and_removes_leave_what_a_dict_has(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:

@@ -129,8 +129,7 @@ def test_umount_gives_up_waiting_after_its_timeout_and_the_work_goes_on(cachefs:
     listed, line = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (1, "")
     assert listed == "cachefs: not written yet: file: bytes 0 to 1048576: EIO"
-    assert "not done after 0.3 seconds (1 MiB left to write): it goes on in the background, what is left is kept in the" in line
-    assert f"memory of process {pid}" in line
+    assert "not done after 0.3 seconds (1 MiB left to write): it goes on in the background, what is left is kept in" in line
     assert not ended(pid)
     cachefs.plan()
     wait_until(lambda: ended(pid), "the daemon's end")
@@ -244,7 +243,7 @@ def test_umount_lists_what_could_not_be_written(cachefs: Command) -> None:
     *listed, fate = done.stderr.splitlines()
     pieces = ((4096, 8192), (16384, 20480))
     assert listed == [f"cachefs: not written: a/before: bytes {first} to {last}: ENOSPC" for first, last in pieces]
-    assert fate.startswith("cachefs: 8 KiB of one file could not be written and is lost: see ")
+    assert fate.startswith("cachefs: 8 KiB of one file could not be written and is kept in the journal ")
     assert ended(pid)
     assert 'not written: {"path": "a/before", "offset": 4096, "length": 4096, "error": "ENOSPC"}' in cachefs.log_text()
     assert (cachefs.source / "a" / "before").read_bytes() == b"o" * 5 * 4096

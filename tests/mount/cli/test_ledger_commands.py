@@ -46,10 +46,14 @@ def write_failing(path: Path, data: bytes) -> None:
 @pytest.fixture
 def failing(cachefs: Command) -> Iterator[Command]:
     """A mount with a file `d/bad` of 5000 bytes that SOURCE does not take."""
-    (cachefs.source / "d").mkdir()
-    cachefs.mount(*LATER, "--fault-plan", cachefs.plan(FAILING))
-    write_failing(cachefs.path / "d" / "bad", b"x" * 5000)
+    with_failing_file(cachefs)
     yield cachefs
+
+
+def with_failing_file(cachefs: Command, *options: object) -> None:
+    (cachefs.source / "d").mkdir()
+    cachefs.mount(*LATER, "--fault-plan", cachefs.plan(FAILING), *options)
+    write_failing(cachefs.path / "d" / "bad", b"x" * 5000)
 
 
 # --- status --dirty
@@ -327,6 +331,24 @@ def test_discard_finds_a_file_that_is_gone_from_source(cachefs: Command) -> None
     cachefs.umount_well()
 
 
+def test_discard_of_what_is_being_written_says_so_in_time(failing: Command) -> None:
+    failing.plan({"op": "pwritev", "hang": True})
+    writing = failing.start(*failing.words("sync", failing.path / "d" / "bad"))
+    line = ""
+    deadline = time.monotonic() + 60
+    while "is being written at this moment" not in line and time.monotonic() < deadline:
+        done = failing.run("discard", failing.path / "d" / "bad", "--yes")
+        if done.returncode == 0:  # the sync had not begun
+            write_failing(failing.path / "d" / "bad", b"x" * 5000)
+        else:
+            line = one_line(done, 1)
+    assert f"{failing.path}/d/bad is being written at this moment: try again when SOURCE answers" in line
+    failing.plan()
+    assert writing.wait(60) == 0
+    assert (failing.source / "d" / "bad").read_bytes() == b"x" * 5000
+    failing.umount_well()
+
+
 # --- umount
 
 
@@ -342,28 +364,54 @@ def test_umount_returns_when_the_process_is_gone_and_all_is_written(cachefs: Com
     cachefs.nothing_left()
 
 
-def test_umount_that_cannot_write_lists_it_says_what_becomes_of_it_and_the_process_is_gone(failing: Command) -> None:
-    pid = int(failing.record()["pid"])
-    done = failing.umount()
+@pytest.mark.parametrize("durability", ["backing", "none"])
+def test_umount_that_cannot_write_lists_it_says_what_becomes_of_it_and_the_process_is_gone(
+    cachefs: Command, durability: str
+) -> None:
+    with_failing_file(cachefs, "--durability", durability)
+    pid = int(cachefs.record()["pid"])
+    done = cachefs.umount()
     assert ended(pid)
     assert (done.returncode, done.stdout) == (1, "")
     listed, fate = done.stderr.splitlines()
     assert listed == "cachefs: not written: d/bad: bytes 0 to 5000: EIO"
-    assert fate.startswith("cachefs: 4.9 KiB of one file could not be written and is ")
-    failing.nothing_left()
+    journal = next((cachefs.base / "state").iterdir()) / "journal"
+    kept = f"is kept in the journal {journal}, for the next mount" if durability == "backing" else "is lost"
+    assert fate.startswith(f"cachefs: 4.9 KiB of one file could not be written and {kept}: see ")
+    cachefs.nothing_left()
+    assert (cachefs.source / "d" / "bad").read_bytes() == b""
+    cachefs.mount("--fault-plan", cachefs.plan())
+    assert (cachefs.source / "d" / "bad").read_bytes() == (b"x" * 5000 if durability == "backing" else b"")
+    cachefs.umount_well()
 
 
-def test_umount_with_a_timeout_lists_what_remains_and_where_it_is(failing: Command) -> None:
+def test_what_was_discarded_does_not_come_back_from_the_journal(failing: Command) -> None:
+    (failing.path / "d" / "other").touch()
+    write_failing(failing.path / "d" / "other", b"y" * 100)
+    assert failing.run("discard", failing.path / "d" / "bad", "--yes").returncode == 0
     pid = int(failing.record()["pid"])
-    failing.plan({"op": "pwritev", "hang": True})
-    done = failing.umount("--timeout", "200ms")
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: ended(pid), "the end")
+    failing.mount("--fault-plan", failing.plan())
+    assert (failing.source / "d" / "bad").read_bytes() == b""
+    assert (failing.source / "d" / "other").read_bytes() == b"y" * 100
+    failing.umount_well()
+
+
+@pytest.mark.parametrize("durability", ["backing", "none"])
+def test_umount_with_a_timeout_lists_what_remains_and_where_it_is(cachefs: Command, durability: str) -> None:
+    with_failing_file(cachefs, "--durability", durability)
+    pid = int(cachefs.record()["pid"])
+    cachefs.plan({"op": "pwritev", "hang": True})
+    done = cachefs.umount("--timeout", "200ms")
     assert (done.returncode, done.stdout) == (1, "")
     listed, line = done.stderr.splitlines()
     assert listed == "cachefs: not written yet: d/bad: bytes 0 to 5000: EIO"
-    assert f"kept in the memory of process {pid}" in line and not ended(pid)
-    failing.plan()
+    assert "it goes on in the background, what is left is kept " in line and not ended(pid)
+    assert ("in the journal " if durability == "backing" else f"in the memory of process {pid} until that ends") in line
+    cachefs.plan()
     wait_until(lambda: ended(pid), "the end")
-    assert (failing.source / "d" / "bad").read_bytes() == b"x" * 5000
+    assert (cachefs.source / "d" / "bad").read_bytes() == b"x" * 5000
 
 
 def test_umount_with_a_timeout_that_is_long_enough_is_as_without(cachefs: Command) -> None:
@@ -407,7 +455,7 @@ def test_a_daemon_that_ended_before_it_heard_of_the_umount_has_left_word(cachefs
     assert process.wait(60) == fails
     assert ("not written: file: bytes 0 to 1: EIO" in process.stderr.read()) == fails
     (note,) = (cachefs.base / "state").glob("*/last-end.json")
-    assert json.loads(note.read_text())[0] == pid
+    assert json.loads(note.read_text())["pid"] == pid
 
 
 def test_a_daemon_that_was_killed_left_no_word(cachefs: Command) -> None:
