@@ -204,7 +204,11 @@ class FileSource:
         fd = await self.data.writer(inode)
         unsure, known = inode.unsure, None if inode.unsure or inode.unlinked else inode.signature[:2]
         inode.unsure = inode.unsynced = True
-        written = await io.in_thread("write", write_extents, io.backing, fd, extents, inode.mtime_ns, known)
+        try:
+            written = await io.in_thread("write", write_extents, io.backing, fd, extents, inode.mtime_ns, known)
+        except BaseException:  # refused, or given up before its turn: nothing was begun
+            inode.unsure = unsure
+            raise
         if written.st is None:
             inode.unsure = unsure or written.touched
             return written

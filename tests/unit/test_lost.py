@@ -361,3 +361,18 @@ async def test_a_read_that_ends_before_the_file_does_is_an_error_and_no_zeros(wo
     await world.files.write(number, 5 * PAGE_SIZE, b"y" * PAGE_SIZE)  # our end, unwritten, is behind SOURCE's
     assert await world.read(number, 3 * PAGE_SIZE, 2 * PAGE_SIZE) == bytes(2 * PAGE_SIZE)
     await world.files.fsync(number, False)
+
+
+@lost()
+async def test_a_write_that_was_refused_leaves_no_doubt_about_whose_changes_are_seen_later(world: World) -> None:
+    inode, number = await world.open("file")
+    await world.files.write(number, 0, b"data")
+    await world.files.fsync(number, False)
+    await world.files.write(number, 0, b"more")
+    await lose(world)
+    with refused():
+        await world.writeback.flush(inode)
+    assert not inode.unsure
+    world.backing.set_plan([])
+    await until(lambda: not world.io.watchdog.lost)
+    await world.files.flush(number)
