@@ -62,11 +62,11 @@ class Sshfs:
         subprocess.run(["fusermount3", "-uz", str(self.near)], capture_output=True, timeout=DEADLINE_SECONDS)
 
     def drop_connection(self) -> None:
-        """Kills the SFTP server, if there is one; what becomes of sshfs is its own affair."""
+        """Kills the SFTP server; what becomes of sshfs is its own affair."""
         server = int(self._started.read_text().split()[-1])
-        with contextlib.suppress(OSError):  # it is gone; its number may be another's by now
-            if Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[1] == str(self.process.pid):
-                os.kill(server, signal.SIGKILL)
+        # If it is gone, its number may be another's by now.
+        assert os.path.basename(os.readlink(f"/proc/{server}/exe")) == "sftp-server", "there is no connection to be lost"
+        os.kill(server, signal.SIGKILL)
 
     def remove(self) -> None:
         self.thaw()
