@@ -7,7 +7,7 @@ PY := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-system uninstall-system test-setup demo test stress lint bench clean
+.PHONY: help install install-system uninstall-system test-setup demo test stress crash lint bench clean
 
 help:  ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: test-setup  ## all tests but the slow ones
 
 stress: test-setup  ## the slow tests: stress-ng and random operations for minutes
 	@$(PY) -m pytest -m slow --timeout 1800 -o faulthandler_timeout=1700 $(ARGS)
+
+crash: test-setup  ## hundreds of kills of the daemon, and power cuts: nothing acknowledged may be lost
+	@$(PY) -m pytest -m crash --timeout 3600 -o faulthandler_timeout=3500 $(ARGS)
 
 lint:  ## ruff, and mypy --strict on both packages
 	$(SETUP) lint

@@ -67,6 +67,10 @@ class Backing(ABC):
         """Attributes of an open inode."""
 
     @abstractmethod
+    def size(self, fd: int) -> int:
+        """The size of an open file as the store itself tells it now, whatever of that is remembered on the way."""
+
+    @abstractmethod
     def listdir(self, dirfd: int) -> list[bytes]:
         """Every name in the directory but "." and "..", in the store's order."""
 
@@ -177,6 +181,17 @@ class Backing(ABC):
     @abstractmethod
     def open_handle(self, handle: bytes, flags: int) -> int:
         """A descriptor of the inode that `file_handle` named; ESTALE if it is gone, EPERM without the right to ask."""
+
+    def lease(self, fd: int) -> bool:
+        """Lets nobody else open the file behind `fd` until `unlease`: they wait, or get EWOULDBLOCK; for a short time only.
+
+        False where that cannot be had: somebody else has the file open, it is not ours, or the store has nothing like it.
+        """
+        return False
+
+    def unlease(self, fd: int) -> None:
+        """Ends what `lease` began."""
+        return
 
     def watch_path(self, fd: int) -> str | None:
         """What inotify_add_watch takes for the directory behind `fd`; None where changes by others cannot be watched."""

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import signal
 import stat
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 AT_EMPTY_PATH = 0x1000
+AT_STATX_FORCE_SYNC, STATX_SIZE, STATX_BYTES, STX_SIZE_AT = 0x2000, 0x200, 256, 40  # linux/stat.h, struct statx
 SYNC_FILE_RANGE_WRITE = 2
 UTIME_OMIT = (1 << 30) - 2
 MAX_HANDLE_BYTES = 128
@@ -40,6 +44,7 @@ class _FileHandle(ctypes.Structure):
 
 _TimespecPair = _Timespec * 2
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_libc.statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p]
 _libc.syncfs.argtypes = [ctypes.c_int]
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.utimensat.argtypes = [ctypes.c_int, ctypes.c_char_p, _TimespecPair, ctypes.c_int]
@@ -89,6 +94,11 @@ class DirectoryBacking(Backing):
     pwritev = staticmethod(os.pwritev)
     close = staticmethod(os.close)
     statvfs = staticmethod(os.fstatvfs)
+
+    def size(self, fd: int) -> int:
+        st = ctypes.create_string_buffer(STATX_BYTES)
+        _checked(_libc.statx(fd, b"", AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, STATX_SIZE, st))
+        return int.from_bytes(st.raw[STX_SIZE_AT : STX_SIZE_AT + 8], sys.byteorder)
 
     def stat(self, dirfd: int, name: bytes) -> os.stat_result:
         return os.stat(name, dir_fd=dirfd, follow_symlinks=False)
@@ -214,6 +224,19 @@ class DirectoryBacking(Backing):
         raw = _FileHandle(len(data), int.from_bytes(kind, "little", signed=True))
         ctypes.memmove(raw.data, data, len(data))
         return _checked(_libc.open_by_handle_at(self._top, ctypes.byref(raw), _opening(flags) & ~NEVER_ON_REOPEN))
+
+    def lease(self, fd: int) -> bool:
+        if self.blocking:
+            return False
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # that somebody waits: let it be; SIGIO would end us
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError:
+            return False
+        return True
+
+    def unlease(self, fd: int) -> None:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
     def watch_path(self, fd: int) -> str | None:
         return None if self.blocking else _path(fd)

@@ -46,6 +46,7 @@ class Wrapper(Backing):
     close = _through(Backing.close)
     stat = _through(Backing.stat)
     fstat = _through(Backing.fstat)
+    size = _through(Backing.size)
     listdir = _through(Backing.listdir)
     readlink = _through(Backing.readlink)
     preadv = _through(Backing.preadv)
@@ -75,6 +76,12 @@ class Wrapper(Backing):
 
     def open_stat(self, dirfd: int, name: bytes, flags: int, mode: int = 0) -> tuple[int, os.stat_result]:
         return self.around("open", self.inner.open_stat, (dirfd, name, flags, mode))
+
+    def lease(self, fd: int) -> bool:
+        return not self.blocking and self.inner.lease(fd)
+
+    def unlease(self, fd: int) -> None:
+        self.inner.unlease(fd)
 
     def watch_path(self, fd: int) -> str | None:
         return None if self.blocking else self.inner.watch_path(fd)

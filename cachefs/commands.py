@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.1
+DISCARD_SECONDS = 5.0  # for a batch that is on its way: what a thread is writing cannot be taken back
 
 
 class Commands:
     """The handlers of one mount. `pending` umount commands wait for its end; `answered` is told of each that is done.
 
-    A `path` in a request is relative to the mountpoint, "" = all of it. Lists come as messages with some of the entries
-    under "unwritten" each, in the form of `cachefs.entries`.
+    A `path` in a request is relative to the mountpoint, "" = all of it. Lists come in parts, as messages with some of the
+    entries under "unwritten" each, in the form of `cachefs.entries`.
     """
 
     def __init__(self, mount: "Mount") -> None:
@@ -63,9 +64,9 @@ class Commands:
 
     async def _dirty(self, request: Mapping[str, object], send: Send) -> None:
         """Lists what is not on the backing of a path; asks nothing of the backing."""
-        for part in self.ledger.parts(path=path_of(request)):
-            await send({"unwritten": part})
-        await send({"done": True, "kept": self.mount.kept or f"in the memory of process {os.getpid()} until that ends"})
+        rest = await send_parts(send, self.ledger.parts(path=path_of(request)))
+        kept = self.mount.kept or f"in the memory of process {os.getpid()} until that ends"
+        await send({"done": True, "unwritten": rest, "kept": kept})
 
     async def _sync(self, request: Mapping[str, object], send: Send) -> None:
         """Writes out what is at or below a path and has the backing make it durable; lists what could not be."""
@@ -83,10 +84,9 @@ class Commands:
             raise CachefsError(f"{self._shown(path)}: {error.strerror}") from None
         if problem is not None:
             raise CachefsError(f"{self.mount.config.source} can't be made durable: {problem.strerror}")
-        for part in self.ledger.parts(failed):
-            await send({"unwritten": part})
+        rest = await send_parts(send, self.ledger.parts(failed))
         names = [{"path": self.stack.path(inode), "error": errno.errorcode.get(inode.error_errno)} for inode in undurable]
-        await send({"done": True, "undurable": names})
+        await send({"done": True, "unwritten": rest} | ({"undurable": names} if names else {}))
 
     async def _discard(self, request: Mapping[str, object], send: Send) -> None:
         """Gives up what cannot be written of the file of this name; without "sure", tells what that would be."""
@@ -98,12 +98,13 @@ class Commands:
         if not failing:
             raise CachefsError(f"{self._shown(path)} has unwritten data, but nothing failed: cachefs sync writes it")
         if not request.get("sure"):
-            for part in self.ledger.parts(failing):
-                await send({"unwritten": part})
-            return await send({"done": True})
+            return await send({"done": True, "unwritten": await send_parts(send, self.ledger.parts(failing))})
         given_up_bytes = 0
         for inode in failing:
-            nbytes = await self.stack.files.discard_unwritten(inode)
+            with trio.move_on_after(DISCARD_SECONDS) as patience:
+                nbytes = await self.stack.files.discard_unwritten(inode)
+            if patience.cancelled_caught:
+                raise CachefsError(f"{self._shown(path)} is being written at this moment: try again when SOURCE answers")
             log.warning("discarded on request: %d unwritten bytes of %s", nbytes, self._shown(path))
             await self.mount.invalidate(inode.node)
             given_up_bytes += nbytes
@@ -123,9 +124,9 @@ class Commands:
                     return
                 self.mount.mark_stopping()
                 await self.mount.finished.wait()
-            for start in range(0, len(self.mount.failed), ENTRIES_AT_ONCE):
-                await send({"unwritten": self.mount.failed[start : start + ENTRIES_AT_ONCE]})
-            await send({"done": True, "kept": self.mount.kept_at_end})
+            failed, most = self.mount.failed, ENTRIES_AT_ONCE
+            rest = await send_parts(send, (failed[start : start + most] for start in range(0, len(failed), most)))
+            await send({"done": True, "unwritten": rest, "kept": self.mount.kept_at_end})
         finally:
             self.pending -= 1
             self.answered.unpark_all()
@@ -152,6 +153,16 @@ class Commands:
             nursery.start_soon(report)
             yield
             nursery.cancel_scope.cancel()
+
+
+async def send_parts(send: Send, parts: Iterable[list[dict[str, object]]]) -> list[dict[str, object]]:
+    """Sends all parts of a list but the last, which is for the last message; others may run between two."""
+    last: list[dict[str, object]] = []
+    for part in parts:
+        if last:
+            await send({"unwritten": last})
+        last = part
+    return last
 
 
 def path_of(request: Mapping[str, object]) -> bytes:

@@ -120,12 +120,16 @@ class Conflicts:
     async def keep_ours(self, inode: Inode) -> bytes | None:
         """Gives a file without a name a new one, for what we have written to it; returns the path relative to the root.
 
-        `inode` is that new file from now on, for all who have it open. None if it has a name after all.
+        `inode` is that new file from now on, for all who have it open. None if it has a name after all, or if all of SOURCE is
+        gone, so that there is no place for one.
         """
         inode.busy += 1
         try:
             fd = await self.data.reader(inode)
             if not await self._is_gone(inode, await self.io.call("stat", self.backing.fstat, fd)):
+                return None
+            if not (await self.descriptors.at("stat", self.table.root, self.backing.fstat)).st_nlink:
+                log.info("SOURCE was removed, and with it files that are open: what is written to them goes when they are closed")
                 return None
             async with self._copy_beside(inode) as copy:
                 await self._copy(fd, copy, inode.file.size if inode.file is not None else None)

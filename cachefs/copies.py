@@ -124,7 +124,12 @@ def sync(backing: Backing, fd: int, dirfd: int) -> None:
 
 def resize(backing: Backing, fd: int, theirs: Signature, size: int) -> os.stat_result | None:
     """Sets the size of a file that has this signature; None, and nothing done, if it has another one by now."""
-    if signature_of(backing.fstat(fd))[:2] != theirs[:2]:
-        return None
-    backing.truncate(fd, size)
-    return backing.fstat(fd)
+    leased = backing.lease(fd)
+    try:
+        if signature_of(backing.fstat(fd))[:2] != theirs[:2]:
+            return None
+        backing.truncate(fd, size)
+        return backing.fstat(fd)
+    finally:
+        if leased:
+            backing.unlease(fd)

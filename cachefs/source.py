@@ -152,13 +152,22 @@ class FileSource:
             await self.data.renew(inode)
             fd = await self.data.reader(inode)
             assert inode.file is not None
-            return await self.data.io.read(fd, list(buffers), offset, inode.file.size - offset)
+            nbytes = await self.data.io.read(fd, list(buffers), offset, inode.file.size - offset)
+            if self.data.io.backing.blocking and nbytes < (wanted := min(sum(map(len, buffers)), inode.st.st_size - offset)):
+                await self._check_end(fd, offset + nbytes, offset + wanted)
+            return nbytes
         except OSError as problem:
             self.data.doubt(inode, problem)
             raise
         finally:
             inode.busy -= 1
             self.data.settle(inode)
+
+    async def _check_end(self, fd: int, end: int, wanted: int) -> None:
+        """Raises OSError if a file does not end at `end`, where a read ended: sshfs, for one, gives less when out of touch."""
+        io = self.data.io
+        if end < min(wanted, await io.call("stat", io.backing.size, fd)):
+            raise OSError(errno.EIO, "SOURCE gave fewer bytes than it has")
 
     async def write(self, extents: Extents) -> tuple[int, OSError | None]:
         """Writes, restores the mtime that programs see, and notes what the backing shows now. Under `inode.lock`.
@@ -225,7 +234,21 @@ class Written(NamedTuple):
 def write_extents(
     backing: Backing, fd: int, extents: Extents, mtime_ns: int, known: tuple[int, int] | None
 ) -> Written:
-    """Runs in the writeback thread. `known` are mtime and size that the backing should have; None: whatever it has."""
+    """Runs in the writeback thread. `known` are mtime and size that the backing should have; None: whatever it has.
+
+    Where it can, it lets nobody open the file meanwhile: what others write then could not be told from ours.
+    """
+    leased = backing.lease(fd)
+    try:
+        return _write_extents(backing, fd, extents, mtime_ns, known)
+    finally:
+        if leased:
+            backing.unlease(fd)
+
+
+def _write_extents(
+    backing: Backing, fd: int, extents: Extents, mtime_ns: int, known: tuple[int, int] | None
+) -> Written:
     done, problem = 0, None
     try:
         before = backing.fstat(fd)

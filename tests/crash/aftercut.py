@@ -26,7 +26,7 @@ class Versions:
     contents: list[bytes] = field(default_factory=lambda: [b""])
 
     def explain(self, seen: bytes) -> str | None:
-        """What is wrong with these contents, or None: each byte has to be from one of the versions, or a zero behind the first."""
+        """What is wrong with these contents, or None: each byte is from one of the versions, or a zero behind the first."""
         sizes = [len(version) for version in self.contents]
         if not min(sizes) <= len(seen) <= max(sizes):
             return f"{len(seen)} bytes long, not between {min(sizes)} and {max(sizes)}"
@@ -116,9 +116,9 @@ class Past:
                 wrong = self.versions[number].explain(found[path].contents())
                 complaints += [f"{path!r} (file {number}): {wrong}"] if wrong else []
         for number, versions in self.versions.items():
-            if versions.synced and self._named_throughout(number) and number not in files.values():
-                if all(versions.explain(contents) for contents in recovered):
-                    complaints.append(f"file {number}, which was synced, is nowhere")
+            missing = versions.synced and self._named_throughout(number) and number not in files.values()
+            if missing and all(versions.explain(contents) for contents in recovered):
+                complaints.append(f"file {number}, which was synced, is nowhere")
         return complaints
 
     def _named_throughout(self, number: int) -> bool:

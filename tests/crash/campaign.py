@@ -207,9 +207,11 @@ class Faults:
         """Some of: short calls, failing ones now and then, slow ones. All failures end after some calls."""
         rules: list[dict[str, object]] = []
         if source.random() < 0.5:
-            rules.append({"op": "pwritev", "after": source.randrange(30), "count": source.randrange(1, 6), "errno": source.choice(("EIO", "ENOSPC", "EDQUOT"))})
+            errno = source.choice(("EIO", "ENOSPC", "EDQUOT"))
+            rules.append({"op": "pwritev", "after": source.randrange(30), "count": source.randrange(1, 6), "errno": errno})
         if source.random() < 0.5:
-            rules.append({"op": "pwritev", "after": source.randrange(20), "count": source.randrange(50), "short": source.choice((512, 1000, 4096, 5000))})
+            short = source.choice((512, 1000, 4096, 5000))
+            rules.append({"op": "pwritev", "after": source.randrange(20), "count": source.randrange(50), "short": short})
         if source.random() < 0.3:
             rules.append({"op": "fsync", "after": source.randrange(4), "count": 1, "errno": "EIO"})
         if source.random() < 0.3:

@@ -60,7 +60,8 @@ class Spawner:
         self.statuses: dict[int, int] = {}
         environment = {**PLAIN_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
         keep = theirs.fileno()
-        start = f"import os, runpy; os.dup2({keep}, 3); runpy.run_path({str(Path(__file__).with_name('spawner.py'))!r}, None, '__main__')"
+        program = str(Path(__file__).with_name("spawner.py"))
+        start = f"import os, runpy; os.dup2({keep}, 3); runpy.run_path({program!r}, None, '__main__')"
         self._process = subprocess.Popen([sys.executable, "-c", start], pass_fds=[keep], env=environment)
         theirs.close()
 
@@ -234,7 +235,8 @@ class Place:
             log.seek(self._log_seen)
             new = log.read()
             self._log_seen += len(new)
-            return [line for line in new.decode(errors="replace").splitlines() if BAD.search(line) and not (ordinary and ordinary.search(line))]
+            bad = [line for line in new.decode(errors="replace").splitlines() if BAD.search(line)]
+            return [line for line in bad if not (ordinary and ordinary.search(line))]
         return []
 
     def recovered(self) -> list[Aside]:

@@ -32,7 +32,8 @@ def main() -> None:
     base = Path(tempfile.mkdtemp(prefix="cachefs-crash-"))
     begun = time.monotonic()
     options = ["--kernel-cache", asked.kernel_cache, *asked.options]
-    with campaign(base, asked.seed, options, faults=asked.faults, sqlite=not asked.no_sqlite, synchronous=asked.synchronous, keep=asked.keep) as found:
+    settings = {"faults": asked.faults, "sqlite": not asked.no_sqlite, "synchronous": asked.synchronous, "keep": asked.keep}
+    with campaign(base, asked.seed, options, **settings) as found:
         found.run(asked.kills) if asked.kills else found.run_without_kills(asked.rounds)
         print(found.summary())
     print(f"{time.monotonic() - begun:.1f} s")

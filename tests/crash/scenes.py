@@ -36,7 +36,9 @@ def campaign(
     """A campaign in the directory `base`, which is removed at the end, unless it is to be kept when something was found."""
     records = base / "records"
     records.mkdir(parents=True)
-    writers: list[Writer] = [FileWriter(number, records, synchronous=synchronous, patient=faults) for number in range(1, FILE_WRITERS + 1)]
+    writers: list[Writer] = [
+        FileWriter(number, records, synchronous=synchronous, patient=faults) for number in range(1, FILE_WRITERS + 1)
+    ]
     writers += [SqliteWriter(100 + i, records, *how) for i, how in enumerate(SQLITE)] if sqlite else []
     spawner = Spawner()
     place = Place(base, spawner)

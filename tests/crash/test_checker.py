@@ -1,4 +1,4 @@
-"""The crash suite's checker: it accepts what may be and finds everything else. No mount: a plain directory is what a correct one is."""
+"""The crash suite's checker: it accepts what may be and finds everything else. No mount: a plain directory is a correct one."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_damage_is_found_and_named(scene: Scene, damage: Callable[[Scene], str])
 
 
 def test_an_acknowledgement_that_the_directory_does_not_know_is_found(scene: Scene) -> None:
-    path, number = scene.largest()
+    _, number = scene.largest()
     scene.record.append(INTENT, ("write", number, 0, 10, 4_000_000))
     scene.record.append(DONE, 10)
     replay(scene.record, scene.tree)
@@ -163,7 +163,7 @@ def test_an_acknowledgement_that_the_directory_does_not_know_is_found(scene: Sce
 
 @pytest.mark.parametrize("happened", [True, False])
 def test_an_operation_under_way_may_have_happened_or_not(scene: Scene, happened: bool) -> None:
-    path, number = scene.largest()
+    path, _ = scene.largest()
     name = str(path.relative_to(scene.root))
     if happened:
         path.rename(scene.root / "f97")

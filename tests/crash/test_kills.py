@@ -47,7 +47,9 @@ def place(base: Path) -> Iterator[Place]:
 
 @modes
 @kills
-def test_no_acknowledged_write_is_lost_and_every_committed_transaction_is_there(base: Path, kernel_cache: str, kills: int) -> None:
+def test_no_acknowledged_write_is_lost_and_every_committed_transaction_is_there(
+    base: Path, kernel_cache: str, kills: int
+) -> None:
     with campaign(base, seed_of(f"{kernel_cache} {kills}"), ["--kernel-cache", kernel_cache]) as running:
         running.run(kills)
         print(running.summary())

@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -533,3 +534,65 @@ def one_conflict(mount: Mount, side: Side, rng: random.Random) -> None:
                 side.copies.append(theirs)
                 old = before if path.stat() else b""
                 side.contents = whole_pages(old, side.contents, theirs)
+
+
+# --- at random moments
+
+
+@dataclass
+class Race:
+    """One file in which both sides write, each at places of its own but in the same pages."""
+
+    path: Path
+    source: Path
+    ours: list[bytes] = field(default_factory=list)
+    theirs: list[bytes] = field(default_factory=list)
+    over: bool = False
+
+    def write_theirs(self, seed: int, times: int) -> None:
+        rng = random.Random(seed)
+        for i in range(times):
+            time.sleep(rng.random() * 0.2)
+            token = b"theirs %05d;" % i
+            with opened(os.fspath(self.source), os.O_RDWR) as fd:
+                os.pwrite(fd, token, 32 * i)
+            self.theirs.append(token)
+        self.over = True
+
+    def write_ours(self, seed: int) -> None:
+        rng = random.Random(seed)
+        with opened(os.fspath(self.path), os.O_RDWR) as fd:
+            while not self.over:
+                token = b"ours %05d;" % len(self.ours)
+                os.pwrite(fd, token, 32 * len(self.ours) + 16)
+                self.ours.append(token)
+                if rng.random() < 0.5:
+                    assert outcome(os.fsync, fd) in (None, "EBUSY")
+                time.sleep(rng.random() * 0.004)
+
+
+def test_two_sides_that_write_at_random_moments_lose_nothing(mounted: Factory) -> None:
+    """Written back all the time, and theirs opened for each write, so that there is no moment to slip through."""
+    mount = mounted("--metadata-ttl", "0s", "--dirty-expire", "0s", "--writeback-interval", "10ms")
+    for line in (KEPT, "EBUSY"):
+        mount.announce(line)
+    races = [Race(mount.path / f"file{i}", mount.source / f"file{i}") for i in range(6)]
+    threads = []
+    for i, race in enumerate(races):
+        race.source.write_bytes(b"-" * 65_536)
+        threads.append(threading.Thread(target=race.write_theirs, args=(i, 40)))
+        threads.append(threading.Thread(target=race.write_ours, args=(i,)))
+    with opened(os.fspath(races[0].source), os.O_RDWR) as probe:
+        if outcome(fcntl.fcntl, probe, fcntl.F_SETLEASE, fcntl.F_WRLCK) != 0:
+            pytest.skip("this file system has no leases: a change in the moment of our write may be overwritten")
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wait_until(lambda: not mount.ask("sync")["unwritten"], "writeback")
+    kept = copies(mount)
+    for race in races:
+        versions = [race.source.read_bytes(), *(data for name, data in kept.items() if name.startswith(race.source.name + "."))]
+        assert not [token for token in race.theirs if not any(token in version for version in versions)]
+        assert not [token for token in race.ours if token not in versions[0]]
+    assert conflicts_of(mount)["total"] == len(kept) > 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import threading
@@ -25,6 +26,15 @@ def has_largest_size(fd: int) -> bool:
         return True
     os.ftruncate(fd, 0)
     return False
+
+
+def can_lease(fd: int) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError:
+        return False
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return True
 
 
 def refused(number: int, call: Callable[..., object], *args: object) -> None:
@@ -108,6 +118,18 @@ class BackingContract:
         assert s.read(fd) == s.read(other) == b"new"
         refused(errno.EBADF, s.backing.redirect, fd, 99_999)
         assert s.read(fd) == b"new"
+
+    def test_a_lease_lets_nobody_else_open_the_file(self, s: Store) -> None:
+        fd = s.file(data=b"data")
+        if not s.backing.lease(fd):
+            assert s.backing.blocking or not can_lease(fd)
+            return
+        refused(errno.EWOULDBLOCK, os.open, s.path / "file", os.O_WRONLY | os.O_NONBLOCK)
+        assert s.backing.pwritev(fd, [b"DATA"], 0) == 4
+        s.backing.unlease(fd)
+        other = s.keep(os.open(s.path / "file", os.O_RDONLY))
+        assert os.read(other, 9) == b"DATA"
+        assert not s.backing.lease(fd), "somebody has it open"
 
     def test_open_says_what_is_wrong_with_a_name(self, s: Store) -> None:
         s.file()
@@ -278,6 +300,13 @@ class BackingContract:
         fd = s.keep(s.backing.open(s.root, b"file", os.O_CREAT | os.O_RDWR, 0o400))
         s.backing.truncate(fd, 5)
         assert s.backing.fstat(fd).st_size == 5
+
+    def test_size_is_that_of_the_file_now(self, s: Store) -> None:
+        fd = s.keep(s.backing.open(s.root, b"sized", os.O_RDWR | os.O_CREAT, 0o600))
+        for size in (0, 5, (5 << 32) + 1):
+            s.backing.truncate(fd, size)
+            assert s.backing.size(fd) == size
+        refused(errno.EBADF, s.backing.size, -1)
 
     def test_flush_takes_files_and_leaves_them_open(self, s: Store) -> None:
         fd = s.keep(s.backing.open(s.root, b"flushed", os.O_RDWR | os.O_CREAT, 0o600))

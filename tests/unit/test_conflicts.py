@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -16,8 +17,8 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cachefs.conflicts
 from cachefs.cache.page import PAGE_SIZE
-from cachefs.conflicts import RECENT_MAX
 from cachefs.copies import conflict_name, cut
 from cachefs.fs import Changes
 from cachefs.inode import Inode
@@ -116,18 +117,55 @@ def test_it_is_counted_told_and_listed(play: Callable[..., None], tmp_path: Path
     play(test)
 
 
-def test_the_list_of_recent_ones_is_bounded(play: Callable[..., None], tmp_path: Path) -> None:
+def test_the_list_of_recent_ones_is_bounded(play: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cachefs.conflicts, "RECENT_MAX", 10)
+
     async def test(world: World) -> None:
         _, handle = await world.open("file")
-        for i in range(RECENT_MAX + 5):
+        for i in range(13):
             await world.files.write(handle, 0, b"ours %d" % i)
             (tmp_path / "file").write_bytes(b"theirs %d" % i)
             await world.files.fsync(handle, False)
         statistics = world.files.conflicts.statistics()
-        assert statistics.total == RECENT_MAX + 5 and len(statistics.recent) == RECENT_MAX
-        assert sorted(copies(tmp_path).values()) == sorted(b"theirs %d" % i for i in range(RECENT_MAX + 5))
+        assert statistics.total == 13 and len(statistics.recent) == 10
+        assert sorted(copies(tmp_path).values()) == sorted(b"theirs %d" % i for i in range(13))
 
     play(test)
+
+
+def test_nobody_opens_the_file_while_we_write_to_it(tmp_path: Path) -> None:
+    """What is written then could not be told from ours; who has it open already is another matter."""
+    answers: list[str] = []
+
+    async def main() -> None:
+        async with world_of(tmp_path, far=False) as world:
+            _, handle = await dirty(world, "file", b"ours")
+            backing: Any = world.backing.inner
+            real = backing.pwritev
+
+            def pwritev(*args: Any) -> int:
+                try:
+                    os.close(os.open(tmp_path / "file", os.O_WRONLY | os.O_NONBLOCK))
+                    answers.append("opened")
+                except BlockingIOError:
+                    answers.append("refused")
+                nbytes: int = real(*args)
+                return nbytes
+
+            backing.pwritev = pwritev
+            await world.files.fsync(handle, False)
+            await world.files.write(handle, 0, b"OURS")
+            theirs = os.open(tmp_path / "file", os.O_RDONLY)
+            await world.files.fsync(handle, False)
+            os.close(theirs)
+
+    with open(tmp_path / "probe", "wb") as probe:
+        try:
+            fcntl.fcntl(probe, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError:
+            pytest.skip("no leases here")
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert answers == ["refused", "opened"]
 
 
 def test_a_change_that_is_half_as_old_as_the_clock_s_tick_is_told_apart(play: Callable[..., None], tmp_path: Path) -> None:
@@ -584,9 +622,7 @@ def test_a_change_of_a_clean_file_is_no_conflict(play: Callable[..., None], tmp_
     play(test)
 
 
-def test_what_leaves_size_and_mtime_alone_is_not_noticed_beside_unwritten_data(
-    play: Callable[..., None], tmp_path: Path
-) -> None:
+def test_what_leaves_size_and_mtime_alone_is_not_noticed_beside_unwritten_data(play: Callable[..., None], tmp_path: Path) -> None:
     """Without unwritten data ctime tells; beside it every chmod and rename would make a copy if it did."""
 
     async def test(world: World) -> None:

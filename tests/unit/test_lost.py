@@ -344,3 +344,20 @@ async def test_a_page_whose_reading_hangs_can_not_be_written_until_it_is_back(wo
     await until(lambda: not world.io.watchdog.lost)
     await world.files.write(number, 0, b"w" * PAGE_SIZE)
     assert await world.read(number, 0, 2 * PAGE_SIZE) == b"w" * 2 * PAGE_SIZE
+
+
+@lost(readahead_pages=0)
+async def test_a_read_that_ends_before_the_file_does_is_an_error_and_no_zeros(world: World) -> None:
+    entry(world.top / "file", b"x" * 4 * PAGE_SIZE)
+    inode, number = await world.open("file")
+    world.backing.set_plan([{"op": "preadv", "short": 0, "count": 1}])  # what sshfs does when it has lost its connection
+    with refused(errno.EIO):
+        await world.read(number, 0, PAGE_SIZE)
+    assert await world.read(number, 0, PAGE_SIZE) == b"x" * PAGE_SIZE
+    os.truncate(world.top / "file", 3 * PAGE_SIZE)  # somebody else, and this is the first that we see of it
+    await world.read(number, 3 * PAGE_SIZE, PAGE_SIZE)
+    await world.files.refresh(inode)
+    assert await world.read(number, 0, 4 * PAGE_SIZE) == b"x" * 3 * PAGE_SIZE
+    await world.files.write(number, 5 * PAGE_SIZE, b"y" * PAGE_SIZE)  # our end, unwritten, is behind SOURCE's
+    assert await world.read(number, 3 * PAGE_SIZE, 2 * PAGE_SIZE) == bytes(2 * PAGE_SIZE)
+    await world.files.fsync(number, False)
