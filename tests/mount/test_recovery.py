@@ -196,7 +196,8 @@ def test_what_source_refuses_at_the_mount_stays_and_is_tried_again(mounted: Fact
     assert (mount.path / "refused").read_bytes() == b"r" * 10000
     assert (mount.source / "refused").read_bytes().strip(b"\0") == b""
     put_plan(plan)
-    assert mount.ask("sync") == {"done": True, "undurable": [], "unwritten": []}
+    answer = mount.ask("sync")
+    assert not answer.get("unwritten") and not answer.get("undurable")
     assert (mount.source / "refused").read_bytes() == b"r" * 10000
 
 
