@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from cachefs.journal.journal import SYNCED_FILE
-from cachefs.journal.load import load
+from cachefs.journal.load import read
 from cachefs.journal.synced import Synced
 from cachefs.ledger import Ledger
 from world import JOURNAL_PAGES, World
@@ -43,8 +43,8 @@ def over(tmp_path: Path, main: Callable[[World], Awaitable[None]], blocking: boo
 
 def kept(world: World) -> int:
     """Pages that the durable index has."""
-    found = load(os.path.join(world.keeper.journal.directory, SYNCED_FILE)) if world.keeper.journal is not None else None
-    return sum(len(row.pages) for rows in found.pages.values() for row in rows) if found is not None else 0
+    assert world.keeper.synced is not None
+    return sum(len(row.pages) for rows in read(world.keeper.synced.index.env).pages.values() for row in rows)
 
 
 async def calls_of(world: World, operation: str, number: int) -> None:
