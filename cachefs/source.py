@@ -208,12 +208,14 @@ class FileSource:
         inode, io, seen = self.inode, self.data.io, self.inode.st
         fd = await self.data.writer(inode)
         unsure, known = inode.unsure, None if inode.unsure or inode.unlinked else inode.signature[:2]
-        inode.unsure = inode.unsynced = True
+        inode.unsure = True
         try:
             written = await io.in_thread("write", write_extents, io.backing, fd, extents, inode.mtime_ns, known)
         except BaseException:  # refused, or given up before its turn: nothing was begun
             inode.unsure = unsure
             raise
+        finally:
+            inode.done += 1  # not before: an fsync meanwhile does not cover it, and leaves its pages to the journal
         if written.st is None:
             inode.unsure = unsure or written.touched
             return written
