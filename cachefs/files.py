@@ -298,11 +298,15 @@ class Files:
         return self._last_handle
 
     async def flush(self, number: int) -> None:
-        """close(2): on a backing far away the data goes there now, unless the journal is to be enough; errors are reported."""
+        """close(2): on a backing far away the data goes there now, unless the journal is to be enough.
+
+        Errors are reported to who could write: `cat` has nothing to do with what became of somebody else's data.
+        """
         handle = self.handles[number]
         if self.io.backing.blocking and self.keeper.synced is None and handle.writable and handle.inode.unwritten:
             await self.io.ask(self._write_out, handle.inode)
-        self._report(handle)
+        if handle.writable:
+            self._report(handle)
 
     async def release(self, number: int) -> None:
         handle = self.handles.pop(number)
