@@ -160,7 +160,7 @@ class Files:
         """Takes in attributes after a change of our own, one of `contents` and mtime or one that leaves these alone."""
         inode.epoch += 1
         inode.st = st
-        inode.unsynced = True
+        inode.done += 1
         inode.checked_at = trio.current_time()
         file, signature = inode.file, signature_of(st)
         if contents:
@@ -315,11 +315,15 @@ class Files:
         return self._last_handle
 
     async def flush(self, number: int) -> None:
-        """close(2): on a backing far away the data goes there now, unless the journal is to be enough; errors are reported."""
+        """close(2): on a backing far away the data goes there now, unless the journal is to be enough.
+
+        Errors are reported to who could write: `cat` has nothing to do with what became of somebody else's data.
+        """
         handle = self.handles[number]
         if self.io.backing.blocking and self.keeper.synced is None and handle.writable and handle.inode.unwritten:
             await self.io.ask(self._write_out, handle.inode)
-        self._report(handle)
+        if handle.writable:
+            self._report(handle)
 
     async def release(self, number: int) -> None:
         handle = self.handles.pop(number)
@@ -475,6 +479,7 @@ class Files:
             inode.busy -= 1
         if inode.file is not None:  # at once: the backing has it, whatever becomes of the look at its attributes
             self.cache.truncate(inode.file, size)
+            inode.done += 1
             self.keeper.cut_done(inode, size)
         await self.readopt(inode, contents=True, st_size=size, st_mtime_ns=now_ns(inode))
 
@@ -497,22 +502,26 @@ class Files:
         inode = handle.inode
         if self.keeper.synced is None:
             await self._write_out(inode)
-            self._report(handle)
-            return await self._make_durable(handle, datasync)
         self._report(handle)
-        while True:  # the journal is enough for what is in it, and the backing has to have the rest before that is said there
-            if inode.unsynced:
-                await self._make_durable(handle, datasync)
-            if await self.keeper.sync(inode):
-                return None
-
-    async def _make_durable(self, handle: Handle, datasync: bool) -> None:
-        """`make_durable` for a handle, which then has been told what went wrong."""
         try:
-            await self.make_durable(handle.inode, datasync)
+            if self.keeper.synced is None:
+                await self.make_durable(inode, datasync)
+            else:
+                await self.keep_durable(inode, datasync)
         except OSError:
-            handle.errors_seen = handle.inode.error_count
+            handle.errors_seen = inode.error_count
             raise
+
+    async def keep_durable(self, inode: Inode, datasync: bool = False) -> None:
+        """What has been written to a file is durable when this returns without error: on the backing, or in the journal.
+
+        The journal is enough for what is in it, and the backing has to have the rest before that is said there.
+        """
+        while True:
+            if inode.unsynced:
+                await self.make_durable(inode, datasync)
+            if await self.keeper.sync(inode):
+                return
 
     async def make_durable(self, inode: Inode, datasync: bool = False) -> None:
         """What has been written back of a file is durable on the backing when this returns without error."""
@@ -521,10 +530,11 @@ class Files:
         try:
             await self.data.renew(inode)
             fd = inode.writer if inode.writer >= 0 else await self.data.reader(inode)
-            inode.unsynced = False
+            done = inode.done
             await self.io.in_thread("fsync", self.io.backing.fsync, fd, datasync)
+            inode.durable = max(inode.durable, done)
         except BaseException as error:
-            inode.unsynced = True
+            inode.done += 1  # whatever another call meanwhile may have covered: it is asked for again
             if self.io.backing.blocking:
                 self.data.unsynced[inode] = None
             if isinstance(error, OSError):  # the backing tells each descriptor once, and all handles share ours

@@ -51,10 +51,10 @@ class Inode:
     """
 
     __slots__ = (
-        "_lock", "advice", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "doubtful", "epoch",
-        "error_count", "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "kept", "key", "lookups", "losing",
-        "mtime_ns", "names", "node", "noticed", "opens", "reader", "retry_at", "retry_seconds", "signature", "st", "target",
-        "tries", "unlinked", "unsure", "unsynced", "writer", "xattrs",
+        "_lock", "advice", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "done", "doubtful",
+        "durable", "epoch", "error_count", "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "kept", "key",
+        "lookups", "losing", "mtime_ns", "names", "node", "noticed", "opens", "reader", "retry_at", "retry_seconds",
+        "signature", "st", "target", "tries", "unlinked", "unsure", "writer", "xattrs",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -88,7 +88,7 @@ class Inode:
         self._lock: trio.Lock | None = None
         self.unlinked = False  # its last name is gone, by our doing
         self.losing = 0  # unlinks and renames of ours under way that may take its last name
-        self.unsynced = True  # the backing may have something of it that is not durable there
+        self.done, self.durable = 1, 0  # changes of ours that the backing has, and how many of them are durable there
         self.target: bytes | None = None  # of a symbolic link, once asked for; it never changes
         self.xattrs = NO_XATTRS  # what checking a path needs: values, or the errno that says why there is none
 
@@ -102,6 +102,11 @@ class Inode:
     @property
     def locked(self) -> bool:
         return self._lock is not None and self._lock.locked()
+
+    @property
+    def unsynced(self) -> bool:
+        """Whether the backing may have something of it that is not durable there."""
+        return self.durable < self.done
 
     @property
     def unwritten(self) -> bool:

@@ -205,6 +205,13 @@ class Keeper:
             with self._tolerating():
                 journal.remove(kept, _behind(kept, size), journal.seq, keep=True)
 
+    def trim(self, inode: Inode, size: int) -> None:
+        """Pages behind the end that a predecessor left: it ended while it cut them off, or a power cut brought them back."""
+        journal, kept = self.journal, inode.journaled
+        if journal is not None and kept is not None and (behind := _behind(kept, size)):
+            with self._tolerating():
+                journal.remove(kept, behind, journal.seq, keep=True)
+
     def cut_done(self, inode: Inode, size: int) -> None:
         """It has been truncated, and so have the cached pages."""
         journal, kept, file = self.journal, inode.journaled, inode.file

@@ -140,12 +140,17 @@ class Ledger:
             await self.fs.syncfs()
         undurable: list[Inode] = []
         one_by_one = set(inodes) - set(failed) if self.fs.backing.blocking or not tree else set()
-        todo = iter(one_by_one)
+        asked = {*inodes, *(self.files.keeper.retiring if tree else ())}.difference(failed)
+        outdated = {inode for inode in asked if inode.journaled is not None and inode.journaled.synced}
+        todo = iter(one_by_one | outdated)
 
         async def worker() -> None:
             for inode in todo:
                 try:
-                    await self.files.make_durable(inode)
+                    if inode in one_by_one:
+                        await self.files.make_durable(inode)
+                    if inode in outdated:  # what the journal keeps of an earlier fsync must not come back after a power cut
+                        await self.files.keep_durable(inode)
                 except OSError:
                     undurable.append(inode)
 

@@ -314,6 +314,7 @@ class Recovery:
                 self.stack.keeper.touching(inode)
                 await self._resize(inode, record.size)
             self.stack.cache.truncate(file, record.size)
+            self.stack.keeper.trim(inode, record.size)
         await self._load(journal, inode, kept)
         if inode.unwritten:
             await self._flush(inode)

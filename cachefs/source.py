@@ -13,6 +13,7 @@ from cachefs.descriptors import Descriptors
 from cachefs.inode import Inode, signature_of
 from cachefs.watchdog import GONE, getting_on
 
+READS_MAX = 3  # of a range that comes back short although the file goes on
 CONFLICTS_IN_A_ROW = 3  # versions of others that are kept before a batch gives up and is tried again later
 START_SYNC_BYTES = 1 << 20  # extents from this size on go to the disk at once, or all of a long write would be left to fsync
 DEAD = GONE | {errno.EIO, errno.EBADF, errno.ESTALE}  # what descriptors of a lost connection give
@@ -152,10 +153,12 @@ class FileSource:
             await self.data.renew(inode)
             fd = await self.data.reader(inode)
             assert inode.file is not None
-            nbytes = await self.data.io.read(fd, list(buffers), offset, inode.file.size - offset)
-            if self.data.io.backing.blocking and nbytes < (wanted := min(sum(map(len, buffers)), inode.st.st_size - offset)):
-                await self._check_end(fd, offset + nbytes, offset + wanted)
-            return nbytes
+            for _ in range(READS_MAX):
+                wanted = offset + min(sum(map(len, buffers)), inode.st.st_size - offset)
+                nbytes = await self.data.io.read(fd, list(buffers), offset, inode.file.size - offset)
+                if not self.data.io.backing.blocking or await self._ends(fd, offset + nbytes, wanted):
+                    return nbytes
+            raise OSError(errno.EIO, "SOURCE gives fewer bytes than it has")
         except OSError as problem:
             self.data.doubt(inode, problem)
             raise
@@ -163,11 +166,13 @@ class FileSource:
             inode.busy -= 1
             self.data.settle(inode)
 
-    async def _check_end(self, fd: int, end: int, wanted: int) -> None:
-        """Raises OSError if a file does not end at `end`, where a read ended: sshfs, for one, gives less when out of touch."""
+    async def _ends(self, fd: int, end: int, wanted: int) -> bool:
+        """Whether a read that got to `end` got all there was up to `wanted`: sshfs, for one, gives less when out of touch.
+
+        Our own writeback may have made the file longer meanwhile: then another read gets it all.
+        """
         io = self.data.io
-        if end < min(wanted, await io.call("stat", io.backing.size, fd)):
-            raise OSError(errno.EIO, "SOURCE gave fewer bytes than it has")
+        return end >= wanted or end >= min(wanted, await io.call("stat", io.backing.size, fd))
 
     async def write(self, extents: Extents) -> tuple[int, OSError | None]:
         """Writes, restores the mtime that programs see, and notes what the backing shows now. Under `inode.lock`.
@@ -203,8 +208,14 @@ class FileSource:
         inode, io, seen = self.inode, self.data.io, self.inode.st
         fd = await self.data.writer(inode)
         unsure, known = inode.unsure, None if inode.unsure or inode.unlinked else inode.signature[:2]
-        inode.unsure = inode.unsynced = True
-        written = await io.in_thread("write", write_extents, io.backing, fd, extents, inode.mtime_ns, known)
+        inode.unsure = True
+        try:
+            written = await io.in_thread("write", write_extents, io.backing, fd, extents, inode.mtime_ns, known)
+        except BaseException:  # refused, or given up before its turn: nothing was begun
+            inode.unsure = unsure
+            raise
+        finally:
+            inode.done += 1  # not before: an fsync meanwhile does not cover it, and leaves its pages to the journal
         if written.st is None:
             inode.unsure = unsure or written.touched
             return written

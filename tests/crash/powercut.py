@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from daemons import DEADLINE_SECONDS, PLAIN_ENVIRONMENT, ROOT
+from daemons import DEADLINE_SECONDS, PLAIN_ENVIRONMENT, ROOT, wait_until
 from recorder import EVENT, FLUSH
 
 DISK_BYTES = 256 << 20
@@ -88,22 +88,24 @@ class Disk:
     def cuts(self, moments: list[int], source: random.Random) -> Iterator[tuple[int, Path]]:
         """For each moment (ns, ascending) the image after a power cut; it is good until the next one."""
         events = self.events()
-        durable, image = self.base / "durable", self.base / "cut"
+        durable = self.base / "durable"
         copy_sparse(self.empty, durable)
         done = 0
-        for moment in moments:
+        for number, moment in enumerate(moments):
             stop = next((i for i, event in enumerate(events) if event.time_ns > moment), len(events))
             flushed = max((i for i in range(done, stop) if events[i].offset == FLUSH), default=done)
             with durable.open("r+b", buffering=0) as file:
                 for event in events[done:flushed]:
                     write(file.fileno(), event, 1.0, source)
             done = flushed
+            image = self.base / f"cut{number}"  # never the same file again: the kernel may not be done with the last one
             copy_sparse(durable, image)
             share = source.choice(KEPT_SHARES)
             with image.open("r+b", buffering=0) as file:
                 for event in events[done:stop]:
                     write(file.fileno(), event, share, source)
             yield moment, image
+            image.unlink()
 
 
 def write(fd: int, event: Event, share: float, source: random.Random) -> None:
@@ -127,6 +129,7 @@ def mounted(image: Path, path: Path) -> Iterator[None]:
             run("umount", str(path))
     finally:
         run("losetup", "--detach", device)
+        wait_until(lambda: not Path(f"/sys/block/{Path(device).name}/loop").exists(), f"{device} to be free")
 
 
 def copy_sparse(old: Path, new: Path) -> None:

@@ -63,7 +63,10 @@ class Sshfs:
 
     def drop_connection(self) -> None:
         """Kills the SFTP server; what becomes of sshfs is its own affair."""
-        os.kill(int(self._started.read_text().split()[-1]), signal.SIGKILL)
+        server = int(self._started.read_text().split()[-1])
+        # If it is gone, its number may be another's by now.
+        assert os.path.basename(os.readlink(f"/proc/{server}/exe")) == "sftp-server", "there is no connection to be lost"
+        os.kill(server, signal.SIGKILL)
 
     def remove(self) -> None:
         self.thaw()

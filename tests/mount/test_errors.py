@@ -78,6 +78,18 @@ def test_close_reports_what_could_not_be_written_and_the_data_stays_readable(fau
     assert read_file(faulty.source / os.path.basename(os.getcwd()) / "file") == DATA
 
 
+def test_close_of_who_only_reads_reports_no_error_of_writing(faulty: Any, plan: Plan) -> None:
+    """Regression: `cat` failed at close with ENOSPC when a try to write had failed meanwhile."""
+    with opened("file", RDWR_CREAT) as writer:
+        os.write(writer, DATA)
+        reader, plain = os.open("file", os.O_RDONLY), os.open("file", os.O_RDONLY)
+        plan({"op": "pwritev", "errno": "ENOSPC", "count": 1})
+        assert outcome(os.fsync, writer) == "ENOSPC"
+        assert outcome(os.close, plain) is None
+        assert outcome(os.fsync, reader) == "ENOSPC", "fsync asks for it"
+        os.close(reader)
+
+
 def test_a_failing_sync_of_the_backing_is_reported(plan: Plan) -> None:
     with opened("file", RDWR_CREAT) as fd:
         os.write(fd, DATA)

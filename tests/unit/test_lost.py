@@ -16,6 +16,7 @@ import trio
 
 from backing.base import RENAME_EXCHANGE
 from cachefs.cache.page import PAGE_SIZE
+from cachefs.source import READS_MAX
 from world import CALLER, World
 
 TIMEOUT = 0.4
@@ -350,7 +351,7 @@ async def test_a_page_whose_reading_hangs_can_not_be_written_until_it_is_back(wo
 async def test_a_read_that_ends_before_the_file_does_is_an_error_and_no_zeros(world: World) -> None:
     entry(world.top / "file", b"x" * 4 * PAGE_SIZE)
     inode, number = await world.open("file")
-    world.backing.set_plan([{"op": "preadv", "short": 0, "count": 1}])  # what sshfs does when it has lost its connection
+    world.backing.set_plan([{"op": "preadv", "short": 0, "count": READS_MAX}])  # what sshfs does when it has lost its connection
     with refused(errno.EIO):
         await world.read(number, 0, PAGE_SIZE)
     assert await world.read(number, 0, PAGE_SIZE) == b"x" * PAGE_SIZE
@@ -361,3 +362,17 @@ async def test_a_read_that_ends_before_the_file_does_is_an_error_and_no_zeros(wo
     await world.files.write(number, 5 * PAGE_SIZE, b"y" * PAGE_SIZE)  # our end, unwritten, is behind SOURCE's
     assert await world.read(number, 3 * PAGE_SIZE, 2 * PAGE_SIZE) == bytes(2 * PAGE_SIZE)
     await world.files.fsync(number, False)
+
+
+@lost()
+async def test_a_write_that_was_refused_leaves_no_doubt_about_whose_changes_are_seen_later(world: World) -> None:
+    inode, number = await world.open("file")
+    await world.files.write(number, 0, b"data")
+    await world.files.fsync(number, False)
+    await world.files.write(number, 0, b"more")
+    await lose(world)
+    with refused():
+        await world.writeback.flush(inode)
+    assert not inode.unsure
+    world.backing.set_plan([])
+    await until(lambda: not world.io.watchdog.lost and not inode.unwritten)

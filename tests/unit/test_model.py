@@ -463,3 +463,15 @@ def test_what_a_truncate_cut_off_does_not_come_back_after_a_kill() -> None:
         ("write", 2, (7, 1, 100), 3),
     ]
     play(Setting("lru", 64, False, False, False, 1, True), steps)
+
+
+def test_a_read_far_away_that_meets_our_own_writeback_is_no_error() -> None:
+    """It came back short, and when the size was looked at, writeback had made the file longer: EIO, for nothing."""
+    reads = [("read", 0, (0, -1, 1), 0)] * 3 + [("read", 0, (1, 1, 8192), 0)] + [("read", 0, (0, -1, 1), 0)] * 2
+    steps: list[tuple] = [  # type: ignore[type-arg]
+        ("truncate", 1, (0, -1, 1), 0),
+        ("fsync", 0, (0, 0, 0), 0),
+        ("write", 1, (2, -1, 12293), 0),
+        ("together", [*reads, ("write", 1, (0, -1, 1), 0)]),
+    ]
+    play(Setting("lru", 16, True, True, False, 0, False), steps)

@@ -334,14 +334,8 @@ def test_discard_finds_a_file_that_is_gone_from_source(cachefs: Command) -> None
 def test_discard_of_what_is_being_written_says_so_in_time(failing: Command) -> None:
     failing.plan({"op": "pwritev", "hang": True})
     writing = failing.start(*failing.words("sync", failing.path / "d" / "bad"))
-    line = ""
-    deadline = time.monotonic() + 60
-    while "is being written at this moment" not in line and time.monotonic() < deadline:
-        done = failing.run("discard", failing.path / "d" / "bad", "--yes")
-        if done.returncode == 0:  # the sync had not begun
-            write_failing(failing.path / "d" / "bad", b"x" * 5000)
-        else:
-            line = one_line(done, 1)
+    wait_until(lambda: failing.status()["statistics"]["cache"]["writeback_pages"], "the write")
+    line = one_line(failing.run("discard", failing.path / "d" / "bad", "--yes"), 1)
     assert f"{failing.path}/d/bad is being written at this moment: try again when SOURCE answers" in line
     failing.plan()
     assert writing.wait(60) == 0
