@@ -308,6 +308,21 @@ def test_the_journal_of_another_source_is_refused_and_left_alone(mounted: Factor
     assert (mount.source / "file").read_bytes() == b"data"
 
 
+def test_a_journal_counts_whether_its_source_is_taken_for_far_away_or_not(mounted: Factory) -> None:
+    """Regression: the same SOURCE with another --backing was refused as another one."""
+    mount = mounted(*LATER, "--backing", "network")
+    command = list(mount.command)
+    for content, backing in ((b"far", "local"), (b"near", "network")):
+        fd = os.open(mount.path / "file", RDWR_CREAT)  # closing would write it
+        os.write(fd, content)
+        kill(mount)
+        with contextlib.suppress(OSError):
+            os.close(fd)
+        mount.command = [backing if word == "network" else word for word in command]
+        mount.start()
+        assert (mount.source / "file").read_bytes() == content
+
+
 def test_after_the_machine_went_down_a_file_that_changed_since_is_not_written_over(
     mounted: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
