@@ -425,13 +425,12 @@ class Files:
         if self.writeback.must_throttle(len(data)):
             with self.io.watchdog.patience():
                 await self.writeback.throttle(len(data))
-        now = now_ns(inode)
-        inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
-
         safe = True
 
         def dirtied(at: int, nbytes: int) -> None:
             nonlocal safe
+            now = now_ns(inode)
+            inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
             inode.epoch += 1
             self.writeback.note(inode)
             safe = self.keeper.wrote(inode, at, nbytes) and safe
