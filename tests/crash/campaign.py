@@ -176,7 +176,9 @@ class Campaign:
         going = {path for writer in self.writers for path in writer.victims()}
         for aside in self.place.recovered():
             if not aside.paths & going:
-                self._complain([f"recovery found no place for {aside.note}; under way was the end of {going or 'nothing'}"])
+                history = [line for writer in self.writers for line in writer.history(aside.paths | going)]
+                found = f"recovery found no place for {aside.note}; under way was the end of {going or 'nothing'}"
+                self._complain([found, *history])
             shutil.rmtree(aside.directory)
             self.done["put aside"] += 1
 

@@ -60,6 +60,11 @@ class Writer:
         """Paths in the mount whose files an operation under way may have removed."""
         raise NotImplementedError
 
+    def history(self, paths: set[str]) -> list[str]:
+        """For people: the last operations on what is or was called so in the mount."""
+        inside = {os.path.relpath(path, self.name) for path in paths if path.startswith(f"{self.name}/")}
+        return [f"  {self.name}: {line}" for line in self.record.last({*inside})] if inside else []
+
     def start(self, mountpoint: Path, seed: int, stop: StopFlag) -> None:
         self._child = os.fork()
         if self._child == 0:
@@ -154,6 +159,6 @@ class FileWriter(Writer):
         complaints, self.tree = check(self.tree, self.pending, root / self.name)
         self.pending = None
         if complaints:
-            numbers = {int(number) for line in complaints for number in re.findall(r"\(file (\d+)\)", line)}
+            numbers: set[int | str] = {int(number) for line in complaints for number in re.findall(r"\(file (\d+)\)", line)}
             complaints += [f"  {self.name}: {line}" for line in self.record.last(numbers)]
         return complaints
