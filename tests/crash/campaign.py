@@ -132,8 +132,8 @@ class Campaign:
             if self.place.ended(POLL_SECONDS):
                 raise Crashed(f"the daemon ended while it was at work:\n{self.place.log_text()}")
         for writer in self.writers:
-            if writer.ended():
-                raise Crashed(f"{writer.name} has ended while the mount was alive: {writer.join()}")
+            if writer.ended() and not (self.faults is not None and writer.ended_by_mapping()):
+                raise Crashed(f"{writer.name} has ended while the mount was alive: {writer.join()} {writer.record.last(set())}")
 
     def _recorded_bytes(self) -> int:
         return sum(writer.record.size() for writer in self.writers)

@@ -83,6 +83,11 @@ class Writer:
         """Whether the child has ended by itself, looked at without waiting."""
         return not self._child or os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
+    def ended_by_mapping(self) -> bool:
+        """Whether it has ended because a page that it touched in a mapping could not be read."""
+        end = os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOHANG | os.WNOWAIT) if self._child else None
+        return end is not None and (end.si_code, end.si_status) == (os.CLD_KILLED, signal.SIGBUS)
+
     def join(self) -> list[str]:
         """Waits for the child; complains if it failed. A mapping of a dead mount costs the child its life: that may be."""
         _, status = os.waitpid(self._child, 0)
