@@ -136,7 +136,7 @@ def test_every_path_and_name_in_backticks_exists(document: str) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "METRICS.md", "deploy/README.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "METRICS.md", "deploy/README.md", "deploy/RUNBOOK.md"])
 def test_every_link_leads_somewhere(document: str) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text_of(document))
     assert not [to for to in targets if "://" not in to and not (ROOT / document).parent.joinpath(to).exists()]
