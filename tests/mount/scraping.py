@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
 DEADLINE_SECONDS = 60.0  # everything here takes a few seconds; this is for a machine that is busy with something else
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 RATE_INTERVAL = "5s"  # what Grafana puts for $__rate_interval: at least four scrapes
 
 T = TypeVar("T")
@@ -97,14 +97,14 @@ class Mounted:
     def started(self, dies: bool = False) -> Iterator[subprocess.Popen[bytes]]:
         """The daemon, from when its mountpoint answers. It must end well, unless it is one that `dies`."""
 
-        def status() -> dict[str, Any] | None:
+        def record() -> dict[str, Any] | None:
             must_run(process, self.log)
-            done = self.cachefs("status", self.path, "--json")
-            return json.loads(done.stdout) if done.returncode == 0 else None
+            found = [json.loads(path.read_text()) for path in (self.base / "run").glob("*.json")]
+            return next((record for record in found if record["pid"] == process.pid and record["phase"] == "serving"), None)
 
         try:
             with running(self._command("mount", self.source, self.path, *self.options), self.log, **self.environment) as process:
-                url = wait_for("cachefs status", status, lambda: self.log.read_text(errors="replace"))["metrics"]
+                url = wait_for("the mount", record, lambda: self.log.read_text(errors="replace"))["metrics"]
                 self.target = urllib.parse.urlsplit(url).netloc
                 yield process
             assert dies or process.returncode == 0, self.log.read_text(errors="replace")
@@ -174,7 +174,8 @@ def panel(title: str, mount: Mounted) -> str:
 
 def substituted(query: str, mount: Mounted) -> str:
     variables = {
-        "__rate_interval": RATE_INTERVAL, "__range": "1m", "instance": _quoted(mount.target), "mountpoint": _quoted(str(mount.path)),
+        "__rate_interval": RATE_INTERVAL, "__range": "1m", "instance": _quoted(mount.target),
+        "mountpoint": _quoted(str(mount.path)),
     }  # fmt: skip
     query = re.sub(r"\$(\w+)", lambda match: variables[match[1]], query)
     assert "$" not in query

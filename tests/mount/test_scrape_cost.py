@@ -23,10 +23,11 @@ def cpu_seconds(pid: int, thread: int) -> float:
 
 
 def process_seconds(pid: int) -> float:
-    return sum(float(field) for field in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]) / os.sysconf("SC_CLK_TCK")
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.mark.parametrize("files", [pytest.param(500, id="50_000_pages"), pytest.param(10_000, id="million", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("files", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_a_scrape_costs_the_mount_under_20_ms(tmp_path: Path, files: int) -> None:
     base = tmp_path / "cost"
     mount = Mounted(base, "--cache-size", "5G" if files > 1000 else "512M", "--metadata-ttl", "1h")
@@ -48,6 +49,6 @@ def test_a_scrape_costs_the_mount_under_20_ms(tmp_path: Path, files: int) -> Non
         cache = json.loads(mount.cachefs("status", mount.path, "--json").stdout)["statistics"]["cache"]
     assert cache["clean_pages"] == files * PAGES_OF_EACH
     assert f"cachefs_cache_resident_bytes{{mountpoint=\"{mount.path}\"}}" in text
-    print(f"{cache['clean_pages']} pages of {files} files: {served * 1e3:.2f} ms of the serving thread, {all_threads * 1e3:.1f} ms of "
-          f"the daemon, {statistics.median(took) * 1e3:.1f} ms at the median until answered")  # fmt: skip
-    assert served < all_threads + 0.01 and served < SCRAPE_SECONDS
+    amounts = f"{served * 1e3:.2f} ms of the serving thread, {all_threads * 1e3:.1f} ms of the daemon"
+    print(f"{cache['clean_pages']} pages of {files} files: {amounts}, {statistics.median(took) * 1e3:.1f} ms until answered")
+    assert 0 < served < SCRAPE_SECONDS
