@@ -532,6 +532,7 @@ def test_each_handle_reports_an_error_once(tmp_path: Path, blocking: bool) -> No
         with pytest.raises(OSError) as caught:
             await world.files.fsync(first, False)
         assert caught.value.errno == errno.EIO and inode.unwritten
+        assert world.io.errors == world.writeback.errors == {"EIO": 1}
         await world.files.fsync(first, False)
         assert (tmp_path / "file").read_bytes() == b"x" * 10_000
         with pytest.raises(OSError):
