@@ -61,9 +61,6 @@ def stopping(state: State) -> None:
 
 
 def _run_foreground(config: Config, state: State, serve: Serve) -> int:
-    if ping_seconds() is not None:
-        # What systemd ends a daemon that is stuck with, SIGABRT, shows where it is stuck; other threads' stacks change meanwhile.
-        faulthandler.enable(2, all_threads=False)
     handler = logging.StreamHandler(sys.stderr)
     _start_logging(handler, config.log_level)
 
