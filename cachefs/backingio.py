@@ -60,7 +60,7 @@ class BackingIO:
         try:
             return function(*args)
         except OSError as error:
-            self._count_error(error)
+            self.count_error(error)
             raise self.told(error) from None
         finally:
             self._observe(op, time.perf_counter() - start)
@@ -78,7 +78,7 @@ class BackingIO:
             await trio.lowlevel.checkpoint_if_cancelled()  # at the end of the mount, see `Watchdog.abandon`
             raise self.watchdog.refusal()
         except OSError as error:
-            self._count_error(error)
+            self.count_error(error)
             raise self.told(error) from None
         finally:
             if call is not None:
@@ -142,7 +142,8 @@ class BackingIO:
             histogram = self.durations[op] = Histogram()
         histogram.observe(seconds)
 
-    def _count_error(self, error: OSError) -> None:
+    def count_error(self, error: OSError) -> None:
+        """To be called besides for what a thread hands back instead of raising it."""
         number = error.errno or errno.EIO
         # Names that are not there and pages that would wait are answers, not failures.
         if number not in (errno.ENOENT, errno.ENODATA, errno.EAGAIN, errno.EEXIST, errno.ENOTEMPTY, errno.EOPNOTSUPP):

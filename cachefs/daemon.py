@@ -20,6 +20,7 @@ Ready = Callable[[Mapping[str, object]], None]
 Show = Callable[[Mapping[str, Any]], None]
 Serve = Callable[[Config, State, Ready], int]
 
+PINGS = 4  # in the time after which systemd takes us for stuck
 EXTEND_USEC = 60_000_000  # systemd is told at least every file of a recovery
 LOG_BYTES = 4 * 1024 * 1024
 LOG_BACKUPS = 3
@@ -43,6 +44,14 @@ def notify(message: str) -> None:
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifying:
         notifying.connect("\0" + address[1:] if address[0] == "@" else address)
         notifying.sendall(message.encode("utf-8", "replace"))
+
+
+def ping_seconds() -> float | None:
+    """How often systemd wants to hear WATCHDOG=1 of this process, with time to spare; None = not at all."""
+    with contextlib.suppress(KeyError, ValueError):
+        if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+            return int(os.environ["WATCHDOG_USEC"]) / 1e6 / PINGS
+    return None
 
 
 def stopping(state: State) -> None:

@@ -39,8 +39,9 @@ class Keeper:
         self.retiring: set[Inode] = set()  # written back, and named by `synced` still
         self.make_durable: Callable[[Iterable[Inode]], Awaitable[object]] = _nothing_is_durable  # has the backing do that
         self._syncing = trio.Lock()
-        self.replayed_bytes = 0
         self.written_through = 0  # writes that the journal could not take
+        self.recovery_seconds = 0.0  # this and what follows is recovery's to count
+        self.replayed_bytes = self.replayed_files = self.set_aside_files = self.lost_bytes = 0
         self._failing = False
 
     # --- writing -----------------------------------------------------------------------------------------------------
@@ -310,8 +311,13 @@ class Keeper:
         return JournalStatistics(
             used_bytes=slots.used * PAGE_SIZE if slots is not None else 0,
             size_bytes=slots.count * PAGE_SIZE if slots is not None else 0,
-            replayed_bytes=self.replayed_bytes,
+            entries=slots.runs if slots is not None else 0,
             written_through=self.written_through,
+            recovery_seconds=self.recovery_seconds,
+            replayed_bytes=self.replayed_bytes,
+            replayed_files=self.replayed_files,
+            set_aside_files=self.set_aside_files,
+            lost_bytes=self.lost_bytes,
         )
 
     def check(self) -> None:

@@ -116,6 +116,8 @@ class Mount:
 
     async def _serve(self, ready: Ready, nursery: trio.Nursery) -> None:
         self.commands = Commands(self)
+        if daemon.ping_seconds() is not None:
+            self.tasks.start_service(self._ping)
         if self.stack.io.watchdog.watching:
             self.tasks.start_service(self.stack.io.watchdog.run)
         notes = await self._recover(ready)
@@ -190,6 +192,12 @@ class Mount:
             self.metrics = MetricsServer(
                 self.config.metrics_host, self.config.metrics_port, self.config.metrics_asked, make_registry(snapshot)
             )
+
+    async def _ping(self) -> None:
+        """Tells systemd that this thread still goes round, to the very end of the mount."""
+        while (seconds := daemon.ping_seconds()) is not None:
+            daemon.notify("WATCHDOG=1")
+            await trio.sleep(seconds)
 
     async def _sweep(self) -> None:
         """Now and then lets go of inodes that only their cached pages kept, and moves the clock that reads are stamped with."""

@@ -140,18 +140,18 @@ class Recovery:
         self._data_fd = -1
 
     async def run(self) -> None:
-        predecessor = self.predecessor
+        predecessor, keeper, start = self.predecessor, self.stack.keeper, time.monotonic()
         predecessor.check_source(self.meta)
         left = predecessor.left
         self.all_bytes = sum(pages.count << PAGE_SHIFT for file in left for pages in file.pages)
         placed = await self._place(left)
-        self.stack.keeper.journal = journal = self._open(placed)
+        keeper.journal = journal = self._open(placed)
         for file in placed:
             await self._replay(journal, file)
         await self._settle_synced(journal)
         if left:
-            size = format_size(self.stack.keeper.replayed_bytes)
-            log.info("replayed %s in %d files from the journal", size, len(placed))
+            keeper.replayed_files, keeper.recovery_seconds = len(placed), time.monotonic() - start
+            log.info("replayed %s in %d files from the journal", format_size(keeper.replayed_bytes), len(placed))
         for note in self.notes:
             log.warning("%s", note)
 
@@ -229,6 +229,7 @@ class Recovery:
         if self._rebooted and not left.durable:
             log.info("not synced when the machine went down: %s: bytes %d to %d", _name(left.record), first, last)
         elif not self._superseded(left.record, pages):
+            self.stack.keeper.lost_bytes += last - first
             self.notes.append(f"the journal is damaged: lost of {_name(left.record)}: bytes {first} to {last}")
         return False
 
@@ -246,6 +247,7 @@ class Recovery:
 
     def _set_aside(self, left: Left, reason: str) -> bool:
         if left.pages:
+            self.stack.keeper.set_aside_files += 1
             where = set_aside(self.predecessor.aside, self._data_fd, left.record, left.pages, reason)
             self.notes.append(f"{_name(left.record)}: {reason}; what was not written is in {where}")
         return False

@@ -201,6 +201,7 @@ class FileSource:
             return 0, OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         if written.problem is None:
             return written.done, None
+        io.count_error(written.problem)
         self.data.doubt(inode, written.problem)
         return written.done, io.told(written.problem)
 

@@ -96,20 +96,28 @@ class WritebackStatistics:
 
     dirty_bytes: int
     dirty_limit_bytes: int
+    dirty_expire_seconds: float
     oldest_dirty_seconds: float
     written_bytes: int
     errors: Mapping[str, int]  # {errno name: calls that failed}
+    failing_files: int  # whose last batch failed, and that wait to be tried again
+    retries: int  # batches of files whose batch before had failed
     throttle_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class JournalStatistics:
-    """What of the unwritten data would survive this process; zeros without a journal."""
+    """What of the unwritten data would survive this process, and what was brought back at the mount; zeros without a journal."""
 
     used_bytes: int
     size_bytes: int  # at most
-    replayed_bytes: int  # found at the mount and put into the cache again
+    entries: int  # runs of pages, each with a row of its own
     written_through: int  # writes that it could not take, and that went to the backing at once
+    recovery_seconds: float  # that the mount took for what a predecessor had left
+    replayed_bytes: int  # found at the mount and put into the cache again
+    replayed_files: int
+    set_aside_files: int  # in recovered/: they had no place any more
+    lost_bytes: int  # that could not be read
 
 
 @dataclass(frozen=True, slots=True)

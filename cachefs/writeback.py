@@ -68,9 +68,11 @@ class Writeback:
         self.refused: dict[Inode, int] = {}  # {inode whose last batch found no room: errno}
         self.written_bytes = 0
         self.errors: Counter[str] = Counter()  # {errno name: batches that failed}
+        self.retries = 0  # batches of files whose batch before had failed
         self.throttle_seconds = 0.0
         self._speed = 0.0  # bytes a second that batches reached lately, 0 = unknown
         self._under_way = 0
+        self._oldest: dict[Inode, float] = {}  # {inode with a batch under way: when its oldest page became dirty}
         self._write_soon = False  # somebody waits for room: thresholds and ages do not matter
         self._wake = trio.Event()
 
@@ -251,12 +253,15 @@ class Writeback:
         last_group, last_mask = batch[-1][2][-1]
         end_page = (last_group.index << GROUP_SHIFT) + last_mask.bit_length()
         since = file.groups[batch[0][2][0][0].index].dirty_since
+        self._oldest[inode] = min(group.dirty_since for _, _, pages in batch for group, _ in pages)
+        self.retries += bool(inode.tries)
         start = self.cache.clock()
         last_seq = self.keeper.begin(inode)
         done, error = 0, None
         try:
             done, error = await file.source.write([(offset, buffers) for offset, buffers, _ in batch])
         finally:
+            del self._oldest[inode]
             written = [(offset, sum(map(len, buffers))) for offset, buffers, _ in batch[:done]]
             self.keeper.end(inode, written, last_seq)
             for i, (_, _, pages) in enumerate(batch):
@@ -346,14 +351,17 @@ class Writeback:
             self.settled(inode)
 
     def statistics(self) -> WritebackStatistics:
-        oldest = min((i.file.dirty_since for i in self.dirty if i.file and i.file.dirty_pages), default=math.inf)
-        cache = self.cache.statistics()
+        waiting = (i.file.dirty_since for i in self.dirty if i.file and i.file.dirty_pages)
+        oldest = min((*waiting, *self._oldest.values()), default=math.inf)
         return WritebackStatistics(
-            dirty_bytes=(cache.dirty_pages + cache.writeback_pages) * PAGE_SIZE,
+            dirty_bytes=(self.unwritten_pages - self.cache.redirtied_pages) * PAGE_SIZE,
             dirty_limit_bytes=self.limit_pages * PAGE_SIZE,
+            dirty_expire_seconds=self.expire_seconds,
             oldest_dirty_seconds=max(0.0, self.cache.clock() - oldest) if oldest < math.inf else 0.0,
             written_bytes=self.written_bytes,
             errors=dict(self.errors),
+            failing_files=sum(1 for inode in self.dirty if inode.tries),
+            retries=self.retries,
             throttle_seconds=self.throttle_seconds,
         )
 

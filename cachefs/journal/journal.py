@@ -294,14 +294,16 @@ class Journal:
     def check(self) -> None:
         """Asserts that covers, masks and slots agree."""
         self.slots.check()
-        taken = 0
+        taken = runs = 0
         for file in self.files.values():
             entries = set(file.cover.values())
             for entry in entries:
                 live = [page for page in range(entry.page, entry.page + entry.count) if file.cover.get(page) is entry]
                 assert entry.live == sum(1 << (page - entry.page) for page in live), "live pages miscounted"
             taken += sum(entry.count for entry in entries | file.synced)
+            runs += len(entries | file.synced)
         assert taken <= self.slots.used, "slots that nobody took"
+        assert runs <= self.slots.runs, "entries miscounted"
 
 
 def _remove(path: str) -> None:

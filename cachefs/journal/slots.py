@@ -25,6 +25,7 @@ class SlotMap:
     def __init__(self, count: int) -> None:
         self.count = count
         self.used = 0
+        self.runs = 0  # that are taken: as many as entries
         whole, rest = divmod(count, GROUP_PAGES)
         self._free = [ALL] * whole + ([FIRST[rest]] if rest else [])
         self._lowest = 0  # no segment below has a free slot
@@ -49,6 +50,7 @@ class SlotMap:
         bit = mask & -mask
         free[self._lowest] = mask ^ bit
         self.used += 1
+        self.runs += 1
         return (self._lowest << GROUP_SHIFT) + bit.bit_length() - 1
 
     def _take_run(self, count: int) -> Run | None:
@@ -60,11 +62,13 @@ class SlotMap:
             if first >= 0:
                 free[segment] &= ~(FIRST[count] << first)
                 self.used += count
+                self.runs += 1
                 return segment << GROUP_SHIFT | first, count
         return None
 
     def claim(self, run: Run) -> None:
         """Takes slots that a journal left behind has pages in."""
+        self.runs += 1
         for slot in range(run[0], run[0] + run[1]):
             bit = 1 << (slot & GROUP_PAGES - 1)
             if slot < self.count and self._free[slot >> GROUP_SHIFT] & bit:
@@ -77,12 +81,14 @@ class SlotMap:
         segment = slot >> GROUP_SHIFT
         self._free[segment] |= FIRST[count] << (slot & GROUP_PAGES - 1)
         self.used -= count
+        self.runs -= 1
         self._lowest = min(self._lowest, segment)
 
     def give_one(self, slot: int) -> None:
         segment = slot >> GROUP_SHIFT
         self._free[segment] |= 1 << (slot & GROUP_PAGES - 1)
         self.used -= 1
+        self.runs -= 1
         if segment < self._lowest:
             self._lowest = segment
 

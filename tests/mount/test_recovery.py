@@ -83,7 +83,9 @@ def test_everything_acknowledged_is_in_source_before_the_mountpoint_answers(moun
         assert os.pread(sparse.fileno(), 6, 4999) == b"\0near\0"
     assert (mount.source / "sparse").stat().st_blocks * 512 < 1 << 20
     status = mount.ask("status")["statistics"]
-    assert status["journal"]["replayed_bytes"] >= len(big)  # type: ignore[index]
+    journal = status["journal"]  # type: ignore[index]
+    assert journal["replayed_bytes"] >= len(big) and journal["replayed_files"] == 3 and journal["recovery_seconds"] > 0
+    assert journal["set_aside_files"] == journal["lost_bytes"] == journal["entries"] == 0
     assert not status["writeback"]["dirty_bytes"]  # type: ignore[index]
 
 
@@ -158,6 +160,8 @@ def test_what_has_no_place_any_more_is_put_aside_with_a_note(mounted: Factory) -
     notes = {json.loads((place / "note.json").read_text())["path"]: place for place in recovered_by(mount)}
     assert set(notes) == {"gone", "replaced"}
     assert (notes["gone"] / "data").read_bytes() == b"a" * 5000
+    journal = mount.ask("status")["statistics"]["journal"]  # type: ignore[index]
+    assert journal["set_aside_files"] == 2 and journal["replayed_files"] == 0
     assert json.loads((notes["replaced"] / "note.json").read_text())["extents"] == [{"offset": 8192, "length": 1812}]
     assert (notes["replaced"] / "data").read_bytes()[10000:] == b"ours"
     assert all(path.stat().st_mode & 0o077 == 0 for path in (*recovered_by(mount), notes["gone"] / "data"))
@@ -258,6 +262,7 @@ def test_pages_whose_bytes_are_damaged_are_named_and_the_others_recovered(mounte
     mount.start()
     assert (mount.source / "file").read_bytes() == b"\1" * P + bytes(P) + b"\3" * P
     assert "lost of file: bytes 4096 to 8192" in mount.log_text()
+    assert mount.ask("status")["statistics"]["journal"]["lost_bytes"] == P  # type: ignore[index]
 
 
 def test_pages_behind_the_end_that_a_truncate_had_no_time_to_remove_do_not_come_back(mounted: Factory) -> None:

@@ -347,14 +347,17 @@ def a_status() -> dict[str, object]:
             users={"0": UseStatistics(999, 1, 999 * 4096, 4096, 8192)},
         ),
         writeback=WritebackStatistics(
-            dirty_bytes=8192, dirty_limit_bytes=1 << 28, oldest_dirty_seconds=1.5, written_bytes=4096,
-            errors={"EIO": 2}, throttle_seconds=0.25,
+            dirty_bytes=8192, dirty_limit_bytes=1 << 28, dirty_expire_seconds=5.0, oldest_dirty_seconds=1.5, written_bytes=4096,
+            errors={"EIO": 2}, failing_files=1, retries=1, throttle_seconds=0.25,
         ),
         backing=BackingStatistics(
             durations={"read": histogram.snapshot()}, errors={}, read_bytes=1 << 20, latency_seconds=0.005,
             bandwidth_bytes_per_second=1e8, lost=1, silent_seconds=12.0, timeouts=3,
         ),
-        journal=JournalStatistics(used_bytes=8192, size_bytes=1 << 30, replayed_bytes=0, written_through=0),
+        journal=JournalStatistics(
+            used_bytes=8192, size_bytes=1 << 30, entries=1, written_through=0, recovery_seconds=0.0, replayed_bytes=0,
+            replayed_files=0, set_aside_files=0, lost_bytes=0,
+        ),
         conflicts=ConflictStatistics(total=2, recent=(Conflict("d/a", "d/a.conflict-20261122-153000", "theirs", 0.0),)),
         filesystem=FileSystemStatistics(durations={}, saved_seconds=4000.0, open_handles=1, known_inodes=2, open_descriptors=3),
     )  # fmt: skip

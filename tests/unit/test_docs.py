@@ -136,13 +136,13 @@ def test_every_path_and_name_in_backticks_exists(document: str) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "METRICS.md", "deploy/README.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "METRICS.md", "deploy/README.md", "deploy/RUNBOOK.md"])
 def test_every_link_leads_somewhere(document: str) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text_of(document))
     assert not [to for to in targets if "://" not in to and not (ROOT / document).parent.joinpath(to).exists()]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, "deploy/README.md", "deploy/RUNBOOK.md"])
 def test_every_command_target_and_option_exists(document: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
     parameters = [parameter for command in commands.commands.values() for parameter in command.params]

@@ -101,6 +101,7 @@ def test_slots_are_never_given_twice(count: int, steps: list[int]) -> None:
         slots.check()
         numbers = [slot for first, n in taken for slot in range(first, first + n)]
         assert len(numbers) == len(set(numbers)) == slots.used and max(numbers, default=0) < count
+        assert slots.runs == len(taken)
 
 
 def test_a_run_is_split_where_no_hole_is_large_enough() -> None:

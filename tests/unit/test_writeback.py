@@ -333,12 +333,33 @@ async def test_what_cannot_be_written_stays_dirty_and_is_tried_again_after_a_pau
         await trio.sleep(100)
         assert it.cache.dirty_pages == 3 and inode.error_errno == errno.EIO
         assert it.writeback.errors == {"EIO": len(store.calls)}
+        figures = it.writeback.statistics()
+        assert figures.retries == len(store.calls) - 1 and figures.failing_files == 1
+        assert figures.oldest_dirty_seconds == pytest.approx(100)
         pauses = [b - a for a, b in zip(store.at, store.at[1:], strict=False)]
         assert all(0.5 * 2**i <= pause <= 0.5 * 2**i + 0.2 for i, pause in enumerate(pauses[:6]))
         assert max(pauses) <= 30.2
         store.fail_from = None
         await trio.sleep(31)
         assert store.data == b"a" * 3 * P and not it.cache.dirty_pages and not inode.retry_seconds
+        assert not it.writeback.statistics().failing_files and it.writeback.retries == len(store.calls) - 1
+
+
+@run
+async def test_what_hangs_on_its_way_to_the_backing_grows_old_too() -> None:
+    async with stack(background=0) as it:
+        inode, store = it.file()
+        store.gate = trio.Event()
+        it.write(inode, 0, b"a" * P)
+        await trio.sleep(100)
+        assert it.cache.writeback_pages == 1 and not it.cache.dirty_pages
+        it.write(inode, 0, b"b" * P)
+        await trio.sleep(10)
+        figures = it.writeback.statistics()
+        assert figures.oldest_dirty_seconds == pytest.approx(110) and figures.dirty_bytes == P
+        store.gate.set()
+        await trio.sleep(10)
+        assert it.writeback.statistics().oldest_dirty_seconds == 0 and store.data == b"b" * P
 
 
 @run
@@ -511,6 +532,7 @@ def test_each_handle_reports_an_error_once(tmp_path: Path, blocking: bool) -> No
         with pytest.raises(OSError) as caught:
             await world.files.fsync(first, False)
         assert caught.value.errno == errno.EIO and inode.unwritten
+        assert world.io.errors == world.writeback.errors == {"EIO": 1}
         await world.files.fsync(first, False)
         assert (tmp_path / "file").read_bytes() == b"x" * 10_000
         with pytest.raises(OSError):
