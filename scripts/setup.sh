@@ -8,7 +8,7 @@ purpose=${1:-run}
 run_packages=(fuse3 libfuse3-dev pkg-config gcc libc6-dev)
 demo_packages=(git sqlite3)
 test_packages=(
-    "${demo_packages[@]}" make e2fsprogs rsync fio stress-ng prometheus systemd attr acl strace libaio-dev sshfs openssh-sftp-server
+    "${demo_packages[@]}" make e2fsprogs rsync fio stress-ng prometheus systemd attr acl strace libaio-dev sshfs openssh-sftp-server chromium
 )
 case $purpose in
     run | lint) debian=("${run_packages[@]}") ;;
