@@ -35,6 +35,7 @@ class History:
     def __init__(self, stack: "Stack") -> None:
         self.stack = stack
         self.samples: deque[Sample] = deque(maxlen=SAMPLES)
+        self.take()
 
     def take(self) -> None:
         cache, writeback = self.stack.cache, self.stack.writeback

@@ -1,4 +1,4 @@
-"""A small HTTP server for reading: a thread a request, and neither many clients nor slow or odd ones hold it, or the mount, up."""
+"""A small HTTP server for reading: a thread a request; many clients, slow ones or odd ones hold neither it nor the mount up."""
 
 import contextlib
 import io
@@ -78,7 +78,7 @@ class Handler(WSGIRequestHandler):
             self.requestline = self.request_version = self.command = ""
             self.send_error(431)
             return
-        handler = _Answer(self.rfile, self.wfile, self.get_stderr(), self.get_environ(), multithread=True)
+        handler = _Answer(self.rfile, self.wfile, self.get_stderr(), self.get_environ())  # type: ignore[arg-type]  # read alone
         handler.request_handler = self  # type: ignore[attr-defined]  # as the library does
         handler.run(self.server.get_app())  # type: ignore[attr-defined]
 

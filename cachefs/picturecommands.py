@@ -24,6 +24,7 @@ class PictureCommands:
     async def _top(self, request: Mapping[str, object], send: Send) -> None:
         """Sends the statistics, the samples of the last minutes, and the files that lead in any order."""
         frame = await self.picture.look()
+        files = await self.picture.hottest(FILES_OF_EACH_ORDER)
         await send(
             {
                 "done": True,
@@ -31,7 +32,7 @@ class PictureCommands:
                 "fields": Sample._fields,
                 "samples": frame.samples,
                 "statistics": dataclasses.asdict(self.statistics()),
-                "files": [_describe(shown) for shown in self.picture.hottest(FILES_OF_EACH_ORDER)],
+                "files": [_describe(shown) for shown in files],
             }
         )
 
@@ -39,9 +40,9 @@ class PictureCommands:
         """Sends what the page shows: {"facts": ...}, then {"strips": JSON text of a list} over and over."""
         frame = await self.picture.look()
         await send({"facts": {**frame.facts, "time_seconds": frame.time_seconds}})
-        texts = [text for _, text in frame.strips]
-        for start in range(0, len(texts), STRIPS_AT_ONCE):
-            await send({"strips": f"[{','.join(texts[start : start + STRIPS_AT_ONCE])}]"})
+        for start in range(0, len(frame.strips), STRIPS_AT_ONCE):
+            texts = [text for _, text in frame.strips[start : start + STRIPS_AT_ONCE]]
+            await send({"strips": f"[{','.join(texts)}]"})
 
 
 def _describe(shown: Shown) -> dict[str, object]:
@@ -54,4 +55,5 @@ def _describe(shown: Shown) -> dict[str, object]:
         "page_hits": shown.page_hits,
         "page_misses": shown.page_misses,
         "hits_per_second": shown.hits_per_second,
+        "pinned": shown.pinned,
     }

@@ -9,8 +9,11 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
+from itertools import chain
+from operator import attrgetter
 
 import trio
 
@@ -29,6 +32,7 @@ SLICE_SECONDS = 0.002  # without a pause
 PAUSE_SECONDS = 0.004  # at least a third of the time belongs to others, even in the first look at a large cache
 GROUPS_BETWEEN = 50  # looks at the clock
 INODES_BETWEEN = 200
+STRIPS_BETWEEN = 2000
 ANEW_EVERY = 30  # looks: each strip is made anew so often at the least (directories are renamed, pages change places)
 MOST_GONE = 10_000  # files that left the cache and are remembered for clients that have them still
 GROUPS_AT_ONCE = 400  # of one file, ~1 ms
@@ -42,13 +46,14 @@ class Shown:
     path: str | None  # None: it has no name any more
     mark: tuple[object, ...]
     version: int  # of the look that made the strip
-    text: str  # JSON: [node, path, size, cached bytes, unwritten bytes, hits, misses, hits a second, cells, ages, pages a cell, time]
+    text: str  # JSON, the fields of `png.File` in order
     size: int
     cached_bytes: int
     dirty_bytes: int
     page_hits: int
     page_misses: int
     hits_per_second: float
+    pinned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ class Frame:
     epoch: str  # versions of another epoch mean nothing
     version: int
     time_seconds: float  # since the mount
-    strips: tuple[tuple[int, str], ...]  # (version, JSON text)
+    strips: Sequence[tuple[int, str]]  # (version, JSON text)
     gone: tuple[tuple[int, int], ...]  # (version, node), oldest first
     oldest_gone: int  # a client whose version is below has to begin anew
     samples: tuple[Sample, ...]
@@ -87,7 +92,7 @@ class Picture:
                 now = self._now()
                 self._between, self._looked_at = now - self._looked_at, now
                 await self._look()
-                self._frame = self._new_frame()
+                self._frame = await self._new_frame()
             return self._frame
 
     def _now(self) -> float:
@@ -162,11 +167,15 @@ class Picture:
         )  # fmt: skip
         self.shown[node] = Shown(
             node, name, mark, self._version, json.dumps(fields), file.size, cached, dirty, file.page_hits, file.page_misses,
-            rate,
+            rate, file.pinned,
         )  # fmt: skip
 
-    def _new_frame(self) -> Frame:
-        strips = tuple((shown.version, shown.text) for shown in self.shown.values())
+    async def _new_frame(self) -> Frame:
+        slices, strips = Slices(), list[tuple[int, str]]()
+        shown = list(self.shown.values())  # changed by looks alone, one at a time
+        for start in range(0, len(shown), STRIPS_BETWEEN):
+            strips += [(file.version, file.text) for file in shown[start : start + STRIPS_BETWEEN]]
+            await slices.rest()
         samples, gone = tuple(self.history.samples), tuple(self._gone)
         return Frame(self._epoch, self._version, self._now(), strips, gone, self._oldest_gone, samples, self._facts())
 
@@ -198,12 +207,16 @@ class Picture:
                 await trio.lowlevel.checkpoint()
         return None if path is None else os.fsdecode(path), file.size, found
 
-    def hottest(self, most: int) -> list[Shown]:
+    async def hottest(self, most: int) -> list[Shown]:
         """The files that lead in any of the ways in which people sort them, `most` for each way."""
+        slices, shown = Slices(), list(self.shown.values())
         found: dict[int, Shown] = {}
-        for key in ("hits_per_second", "page_hits", "page_misses", "cached_bytes", "dirty_bytes"):
-            best = sorted(self.shown.values(), key=lambda shown: getattr(shown, key), reverse=True)[:most]  # noqa: B023
-            found |= {shown.node: shown for shown in best}
+        for key in map(attrgetter, ("hits_per_second", "page_hits", "page_misses", "cached_bytes", "dirty_bytes")):
+            best: list[Shown] = []
+            for start in range(0, len(shown), STRIPS_BETWEEN):
+                best = nlargest(most, chain(best, shown[start : start + STRIPS_BETWEEN]), key)
+                await slices.rest()
+            found |= {file.node: file for file in best}
         return list(found.values())
 
 

@@ -142,7 +142,7 @@ function draw() {
 function paint() {
   const scroll = at("scroll"), width = scroll.clientWidth, height = scroll.clientHeight, m = measures(width);
   const rows = Math.ceil(page.shown.length / m.columns);
-  at("room").style.height = rows * m.row + "px";
+  at("room").style.height = Math.max(height, rows * m.row) + "px";
   const canvas = at("picture");
   canvas.style.width = width + "px";
   canvas.style.height = height + "px";
