@@ -70,6 +70,10 @@ class Frame:
     facts: Mapping[str, object]  # of the whole mount
 
 
+class NotCached(Exception):
+    """There is nothing of such a file in the cache."""
+
+
 class Picture:
     """What is to be seen of one mount."""
 
@@ -194,11 +198,14 @@ class Picture:
         }
 
     async def file(self, node: int) -> tuple[str | None, int, list[Cached]]:
-        """Name, size and cached groups of one file; KeyError if there is none."""
-        inode = self.stack.table.get(node)
+        """Name, size and cached groups of one file; NotCached if there is none."""
+        try:
+            inode = self.stack.table.get(node)
+        except KeyError:
+            raise NotCached(node) from None
         file = inode.file
         if file is None:
-            raise KeyError(node)
+            raise NotCached(node)
         path = next(iter(paths_of(inode, self.stack.table, {})), None)
         found: list[Cached] = []
         for groups in self._groups(file):

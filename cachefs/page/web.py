@@ -8,7 +8,7 @@ import ipaddress
 import json
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import CancelledError, Future
 from importlib import resources
 from itertools import islice
@@ -21,7 +21,7 @@ import trio
 from cachefs.cache.residency import STATES, extents
 from cachefs.entries import escaped
 from cachefs.page.cells import AGE_STEPS, AGES, CELLS, COLOURS
-from cachefs.page.picture import Frame, Picture
+from cachefs.page.picture import Frame, NotCached, Picture
 from cachefs.tasks import Spawner
 
 T = TypeVar("T")
@@ -100,9 +100,16 @@ class Page:
             return "200 OK", kind, body
         try:
             query = parse_qs(environ.get("QUERY_STRING", ""), max_num_fields=10)
-            return "200 OK", "application/json", self._picture_json(query) if path == "/picture.json" else self._file(query)
-        except (KeyError, ValueError):
-            return _refusal("404 Not Found", "there is no such file in the cache, or no such request")
+            wanted = {name: values[0] for name, values in query.items()}
+            after_seconds, node = float(wanted.get("time", -1)), int(wanted.get("inode", -1))
+        except ValueError:
+            return _refusal("404 Not Found", "there is no such request")
+        try:
+            if path == "/picture.json":
+                return "200 OK", "application/json", self._picture_json(wanted.get("since", ""), after_seconds)
+            return "200 OK", "application/json", self._file(node)
+        except NotCached:
+            return _refusal("404 Not Found", "there is no such file in the cache")
         except (TimeoutError, CancelledError, trio.RunFinishedError):
             return _refusal("503 Service Unavailable", "the mount does not answer, or has ended")
         except Exception as error:  # a failed request must not cost the server
@@ -121,25 +128,23 @@ class Page:
             return False
         return True
 
-    def _picture_json(self, query: Mapping[str, list[str]]) -> bytes:
-        """What is new since `since`=EPOCH-VERSION (all, if that means nothing), and samples since `time` (seconds)."""
+    def _picture_json(self, known: str, after_seconds: float) -> bytes:
+        """What is new since `known`, EPOCH-VERSION (all, if that means nothing), and samples since so many seconds."""
         frame = self._ask(self._picture.look)
-        since = _version(query.get("since", [""])[0], frame)
-        after = float(query.get("time", ["-1"])[0])
+        since = _version(known, frame)
         head = {
             "version": f"{frame.epoch}-{frame.version}",
             "all": since < 0,
             "time": frame.time_seconds,
             "gone": [node for version, node in frame.gone if version > since >= 0],
-            "samples": [sample for sample in frame.samples if sample.time_seconds > after],
+            "samples": [sample for sample in frame.samples if sample.time_seconds > after_seconds],
             **frame.facts,
             **(LOOK if since < 0 else {}),
         }
         strips = ",".join([text for version, text in frame.strips if version > since])
         return f'{json.dumps(head)[:-1]}, "strips": [{strips}]}}'.encode("ascii")
 
-    def _file(self, query: Mapping[str, list[str]]) -> bytes:
-        node = int(query["node"][0])
+    def _file(self, node: int) -> bytes:
         path, size, groups = self._ask(lambda: self._picture.file(node))
         found = list(islice(extents(sorted(groups), size), MOST_EXTENTS + 1))
         answer = {

@@ -55,7 +55,8 @@ class Served:
             self.scene = Scene(self._source, nursery)
             for name in NAMES:
                 _, number = await self.scene.open(os.fsdecode(name))
-                await self.scene.stack.files.read(number, 0, 2 * P)
+                for _ in range(2):
+                    await self.scene.stack.files.read(number, 0, 2 * P)
             served = self
 
             class Failing(Picture):
