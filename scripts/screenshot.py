@@ -19,8 +19,10 @@ from scripts.browser import browsing  # noqa: E402
 P, MIB = 4096, 1 << 20
 TARGET = ROOT / "docs" / "page.png"
 SECONDS = 25.0  # of work, for the curves
-FILES = {"photos/2024-06-spain.tar": 24 * MIB, "src/kernel.git/pack-91c2.pack": 40 * MIB, "db/orders.sqlite": 6 * MIB,
-         "mail/inbox.mbox": 9 * MIB, "models/words.bin": 60 * MIB, "notes.txt": 7000, "db/orders.sqlite-wal": MIB // 2}  # fmt: skip
+FILES = {
+    "photos/2024-06-spain.tar": 24 * MIB, "src/kernel.git/pack-91c2.pack": 40 * MIB, "db/orders.sqlite": 6 * MIB,
+    "mail/inbox.mbox": 9 * MIB, "models/words.bin": 60 * MIB, "notes.txt": 7000, "db/orders.sqlite-wal": MIB // 2,
+}  # fmt: skip
 
 
 def main() -> None:

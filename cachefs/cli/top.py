@@ -1,5 +1,6 @@
 """`cachefs top`: one mount as it works, a frame a second; keys sort, pin and drop."""
 
+import io
 import json
 import sys
 import threading
@@ -71,8 +72,19 @@ def _print_once(news: Mapping[str, Any]) -> None:
 
     from cachefs.cli.topview import View, frame
 
-    console = Console(height=ONCE_HEIGHT, highlight=False, **({} if sys.stdout.isatty() else {"width": ONCE_WIDTH}))  # type: ignore[arg-type]
-    console.print(frame(news, View(), console.width, ONCE_HEIGHT))
+    console = Console(width=None if sys.stdout.isatty() else ONCE_WIDTH, highlight=False)
+    console.print(frame(news, View(), console.width, ONCE_HEIGHT, _bars()))
+
+
+def _bars() -> str:
+    """What sparks are drawn with; whatever else the terminal cannot show becomes a question mark."""
+    from cachefs.cli.topview import BARS, PLAIN_BARS
+
+    if sys.stdout.encoding.lower().startswith("utf"):
+        return BARS
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    return PLAIN_BARS
 
 
 def _watch(record: DaemonRecord, interval_seconds: float) -> None:
@@ -82,11 +94,15 @@ def _watch(record: DaemonRecord, interval_seconds: float) -> None:
     from cachefs.cli.keys import keys
     from cachefs.cli.topview import View, frame
 
-    view, console = View(), Console(highlight=False)
+    view, console, bars = View(), Console(highlight=False), _bars()
     news = _news(record)
+
+    def draw() -> None:
+        live.update(frame(news, view, console.width, console.height, bars), refresh=True)
+
     with keys() as typed, Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            live.update(frame(news, view, console.width, console.height), refresh=True)
+            draw()
             due = time.monotonic() + interval_seconds
             while (left_seconds := due - time.monotonic()) > 0:
                 key = typed.next(left_seconds)
@@ -94,7 +110,7 @@ def _watch(record: DaemonRecord, interval_seconds: float) -> None:
                     return
                 if key is not None:
                     _press(key, view, record, news)
-                    live.update(frame(news, view, console.width, console.height), refresh=True)
+                    draw()
             try:
                 news = _news(record)
             except control.NoAnswer as error:

@@ -17,7 +17,7 @@ ORDERS = {
     "hits/s": "hits_per_second", "hits": "page_hits", "misses": "page_misses", "cached": "cached_bytes", "dirty": "dirty_bytes",
 }  # fmt: skip
 KEYS = "s sort   up/down select   p pin   u unpin   d drop   q quit"
-BARS = "▁▂▃▄▅▆▇█"
+BARS, PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-:=+*#"  # the latter where the terminal has no UTF-8
 RATE_SECONDS = 3.0  # rates are those of so long
 PROGRAMS = 4
 PINNED = " (pinned)"
@@ -54,9 +54,9 @@ class View:
             self.chosen = files[max(0, min(self.selected(files) + rows, len(files) - 1))]["path"]
 
 
-def frame(news: Figures, view: View, width: int, height: int) -> RenderableType:
+def frame(news: Figures, view: View, width: int, height: int, bars: str = BARS) -> RenderableType:
     """The frame of a terminal of `width` x `height` characters, at most so many lines."""
-    lines = [_label(label, text, width) for label, text in _figures(news, width)]
+    lines = [_label(label, text, width) for label, text in _figures(news, width, bars)]
     programs = sorted(_programs(news), key=lambda row: -row[0])[:PROGRAMS]
     room = max(1, height - len(lines) - len(programs) - 3)  # two headers and the foot
     foot = view.message or KEYS
@@ -78,7 +78,7 @@ def _label(label: str, text: str, width: int) -> Text:
     return line
 
 
-def _figures(news: Figures, width: int) -> Iterator[tuple[str, str]]:
+def _figures(news: Figures, width: int, bars: str) -> Iterator[tuple[str, str]]:
     statistics = news["statistics"]
     cache, writeback = statistics["cache"], statistics["writeback"]
     rate = Rates(news)
@@ -89,7 +89,7 @@ def _figures(news: Figures, width: int) -> Iterator[tuple[str, str]]:
     evicted = f"evictions {rate.of('evicted_pages'):.0f} pages/s"
     yield "cache", f"{in_use}, {statistics['policy']}{pinned}, {evicted}"
     hits, misses = rate.of("page_hits"), rate.of("page_misses")
-    sparks = sparkline(rate.hit_rates(), min(MOST_SPARKS, max(1, width - LABEL_WIDTH - 28)))
+    sparks = sparkline(rate.hit_rates(), min(MOST_SPARKS, max(1, width - LABEL_WIDTH - 28)), bars)
     yield "hit rate", f"{sparks} {_percent(hits, hits + misses)} of {hits + misses:.0f} pages/s"
     read = format_size(rate.of("hit_bytes") + rate.of("miss_bytes"))
     saved = format_duration(statistics["filesystem"]["saved_seconds"])
@@ -179,7 +179,7 @@ class Rates:
         return [hit / (hit + miss) if hit + miss else None for hit, miss in steps]
 
 
-def sparkline(values: Sequence[float | None], width: int) -> str:
+def sparkline(values: Sequence[float | None], width: int, bars: str = BARS) -> str:
     """The last `width` values, from 0 to 1, as bars; a space where there is none."""
-    bars = (" " if value is None else BARS[min(len(BARS) - 1, int(value * len(BARS)))] for value in values[-width:])
-    return "".join(bars).rjust(width)
+    sparks = (" " if value is None else bars[min(len(bars) - 1, int(value * len(bars)))] for value in values[-width:])
+    return "".join(sparks).rjust(width)

@@ -84,19 +84,21 @@ class Picture:
         self._version = 0
         self._gone: deque[tuple[int, int]] = deque()
         self._oldest_gone = 0
-        self._looked_at = -FRESH_SECONDS
-        self._between = FRESH_SECONDS  # seconds from the look before the last one to the last
+        self._began = 0.0  # the last look, since the mount
+        self._ended = -FRESH_SECONDS
+        self._between = FRESH_SECONDS  # seconds from the beginning of the look before the last one to that of the last
         self._looking = trio.Lock()
         self._frame: Frame | None = None
 
     async def look(self) -> Frame:
         """The picture as it is now, or was a moment ago; whoever asks while somebody else looks gets the same one."""
         async with self._looking:
-            if self._frame is None or self._now() - self._looked_at > FRESH_SECONDS:
+            if self._frame is None or self._now() - self._ended > FRESH_SECONDS:
                 now = self._now()
-                self._between, self._looked_at = now - self._looked_at, now
+                self._between, self._began = max(FRESH_SECONDS, now - self._began), now
                 await self._look()
                 self._frame = await self._new_frame()
+                self._ended = self._now()
             return self._frame
 
     def _now(self) -> float:

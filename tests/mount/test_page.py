@@ -10,9 +10,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 
 import pytest
-from mounts import Factory, Mount, wait_until
 
 from cachefs.page.cells import COLOURS
+from mounts import Factory, Mount, wait_until
 from scripts.browser import Browser, browsing, program
 
 pytestmark = pytest.mark.mount
@@ -86,7 +86,8 @@ def test_cells_are_those_of_a_known_state_and_change_within_two_seconds(browser:
         act()
         assert browser.wait(script, 30.0) < LIVE_SECONDS
 
-    live(lambda: (mount.path / "live").read_bytes(), f"({BY_NAME.format(name='live')} || {{cells: ''}}).cells === '{clean * 100}'")
+    live_cells = f"({BY_NAME.format(name='live')} || {{cells: ''}}).cells"
+    live(lambda: (mount.path / "live").read_bytes(), f"{live_cells} === '{clean * 100}'")
     live(lambda: os.fsync(fd), f"!{BY_NAME.format(name='known')}.cells.includes('{dirty}')")
     os.close(fd)
     live(lambda: os.unlink(mount.path / "live"), "cachefs.files.size === 1")
@@ -157,8 +158,10 @@ def test_slow_odd_and_many_clients_leave_the_mount_alone(mounted: Factory) -> No
     (mount.source / "f").write_bytes(os.urandom(100 * P))
     (mount.path / "f").read_bytes()
     host, port = page_of(mount).removeprefix("http://").strip("/").split(":")
-    odd = [b"", b"GET / HT", b"POST / HTTP/1.1\r\n\r\n", b"GET /../../etc/passwd HTTP/1.0\r\nHost: localhost\r\n\r\n", b"\0" * 20_000,
-           b"GET / HTTP/1.0\r\nX: " + b"x" * 200_000, b"GET /picture.json HTTP/1.0\r\nHost: localhost\r\n\r\n"]  # fmt: skip
+    odd = (
+        b"", b"GET / HT", b"POST / HTTP/1.1\r\n\r\n", b"GET /../../etc/passwd HTTP/1.0\r\nHost: localhost\r\n\r\n",
+        b"\0" * 20_000, b"GET / HTTP/1.0\r\nX: " + b"x" * 200_000, b"GET /picture.json HTTP/1.0\r\nHost: localhost\r\n\r\n",
+    )  # fmt: skip
     clients: list[socket.socket] = []
     longest = 0.0
     try:

@@ -57,8 +57,8 @@ def test_the_first_of_the_states_in_a_cell_is_shown() -> None:
 
 def test_of_a_large_file_a_cell_covers_whole_groups() -> None:
     size = 4 * CELLS * GROUP_PAGES * P
-    groups = [group(0, used_seconds=100.0, clean=ALL), group(1, used_seconds=3.0, clean=ALL >> 128, writeback=1), group(8, clean=1)]
-    cells, ages, cell_pages = strip(size, *groups)
+    groups = [group(0, 100.0, clean=ALL), group(1, 3.0, clean=ALL >> 128, writeback=1), group(8, clean=1)]
+    cells, _, cell_pages = strip(size, *groups)
     assert cell_pages == 4 * GROUP_PAGES and len(cells) == CELLS
     assert cells[:3] == letter("writeback", 2) + "." + letter("clean", 1)
     assert strip(size, *reversed(groups))[0] == cells, "in any order"

@@ -162,8 +162,9 @@ def test_one_file_is_told_by_extents(served: Served) -> None:
     "path",
     [
         "file.json", "file.json?inode=", "file.json?inode=x", "file.json?inode=99999999", "file.json?inode=1", "x", "page.js/",
-        "picture.json?time=x", "file.json?" + "&".join(f"a{i}=1" for i in range(100)), "static/index.html", "..", "../../etc/passwd",
-        "%2e%2e/%2e%2e/etc/passwd", "page.js/../../../../etc/passwd", "//etc/passwd", ".%00", "static/..%2f..%2f__init__.py",
+        "picture.json?time=x", "file.json?" + "&".join(f"a{i}=1" for i in range(100)), "static/index.html", "..",
+        "../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd",
+        "page.js/../../../../etc/passwd", "//etc/passwd", ".%00", "static/..%2f..%2f__init__.py",
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_not_found(served: Served, path: str) -> None:
@@ -185,7 +186,8 @@ def test_only_addresses_and_names_of_this_machine_are_answered(served: Served) -
     port = served.address[1]
     for host in ("localhost", f"localhost:{port}", f"127.0.0.1:{port}", "[::1]:80", "[::1]", socket.gethostname(), "LOCALHOST"):
         assert served.get("", Host=host)[0] == 200, host
-    for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "127.0.0.1.evil.example", "[evil]", "x@127.0.0.1"):
+    evil = ("evil.example", f"evil.example:{port}", "localhost.evil.example", "127.0.0.1.evil.example", "[evil]", "x@127.0.0.1")
+    for host in evil:
         for path in ("", "picture.json", "file.json?inode=5"):
             assert served.get(path, Host=host)[0] == 421, host
     assert served.raw(b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.0 421 ")
@@ -251,8 +253,8 @@ def test_huge_headers_and_request_lines_are_refused(served: Served) -> None:
 
 
 def test_what_is_no_http_is_refused(served: Served) -> None:
-    for request in (b"\r\n\r\n", b"hello\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET / FTP/1.0\r\n\r\n", b"\xff\xfe\r\n\r\n"):
-        assert b"200 OK" not in served.raw(request)
+    for line in (b"", b"hello", b"GET", b"GET / HTTP/9.9", b"GET / FTP/1.0", b"\xff\xfe"):
+        assert b"200 OK" not in served.raw(line + b"\r\n\r\n")
     assert served.get("")[0] == 200
 
 

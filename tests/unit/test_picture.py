@@ -32,7 +32,8 @@ class Scene:
     """A stack over a directory, its clock in the test's hand, and the picture of it."""
 
     def __init__(self, source: Path, nursery: trio.Nursery) -> None:
-        config = make_config(str(source), str(source.parent / "mnt"), {"cache_size": "8G", "readahead_max": "0"}, memory_bytes=64 << 30)
+        options = {"cache_size": "8G", "readahead_max": "0"}
+        config = make_config(str(source), str(source.parent / "mnt"), options, memory_bytes=64 << 30)
         self.source = source
         self.stack = Stack(config, DirectoryBacking(source), nursery, lambda inode: None, lambda parent, name: None)
         self.later_seconds = 0.0
@@ -251,7 +252,8 @@ def test_a_million_pages_of_ten_thousand_files_stall_nobody_for_twenty_milliseco
 
         await measured(top)
         steps = ", ".join(f"{seconds * 1e3:.0f}" for seconds in work)
-        print(f"first look, three with nothing new, one with 100 changes, top and map: {steps} ms; longest turn {max(stalls) * 1e3:.1f} ms")
+        what = "first look, three with nothing new, one with 100 changes, top and map"
+        print(f"{what}: {steps} ms; longest turn {max(stalls) * 1e3:.1f} ms")
         assert max(stalls) < STALL_SECONDS
 
     in_scene(tmp_path, test)
