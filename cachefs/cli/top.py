@@ -60,8 +60,8 @@ def _news(record: DaemonRecord) -> Mapping[str, Any]:
 
 def _as_json(record: DaemonRecord, news: Mapping[str, Any]) -> dict[str, Any]:
     files = [
-        {**file, "path": None if file["path"] is None else named(below(record.mountpoint, file["path"]))["file"]}
-        for file in news["files"]
+        {**named("" if path is None else below(record.mountpoint, path)), **figures}
+        for path, figures in ((file.pop("path"), file) for file in map(dict, news["files"]))
     ]
     samples = [dict(zip(news["fields"], sample, strict=True)) for sample in news["samples"]]
     return {"statistics": news["statistics"], "samples": samples, "files": files}

@@ -20,6 +20,7 @@ import trio
 
 from cachefs.cache.residency import STATES, extents
 from cachefs.entries import escaped
+from cachefs.history import Sample
 from cachefs.page.cells import AGE_STEPS, AGES, CELLS, COLOURS
 from cachefs.page.picture import Frame, NotCached, Picture
 from cachefs.tasks import Spawner
@@ -41,7 +42,9 @@ HEADERS = [
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),
 ]
-LOOK = {"states": STATES, "colours": COLOURS, "ages": AGES, "age_steps": AGE_STEPS, "most_cells": CELLS}
+LOOK = {
+    "states": STATES, "colours": COLOURS, "ages": AGES, "age_steps": AGE_STEPS, "most_cells": CELLS, "fields": Sample._fields,
+}  # fmt: skip
 
 log = logging.getLogger(__name__)
 

@@ -45,6 +45,7 @@ function take(news) {
   if (news.all) {
     page.files.clear();
     page.look = { states: news.states, colours: news.colours, ages: news.ages, steps: news.age_steps, most: news.most_cells };
+    page.columns = Object.fromEntries(news.fields.map((name, i) => [name, i]));  // of a sample
     legend();
   }
   news.gone.forEach(node => page.files.delete(node));
@@ -71,24 +72,25 @@ function choose() {
 }
 
 function figures() {
-  const head = page.head, reads = head.page_hits + head.page_misses;
+  const dirty = page.columns.dirty_bytes, head = page.head, reads = head.page_hits + head.page_misses;
   at("mount").textContent = head.mountpoint + " ← " + head.source;
   document.title = "cachefs " + head.mountpoint;
   at("figures").textContent = `${bytes(head.resident_bytes)} of ${bytes(head.capacity_bytes)} cached, ` +
     `${bytes(head.pinned_bytes)} pinned, ${head.policy}, ` +
     `${reads ? (100 * head.page_hits / reads).toFixed(1) : "-"} % of ${reads} pages hit since the mount`;
   curve("hits", rates(), 1);
-  curve("unwritten", page.samples.map(sample => [sample[0], sample[10]]), head.dirty_limit_bytes);
+  curve("unwritten", page.samples.map(sample => [sample[0], sample[dirty]]), head.dirty_limit_bytes);
   const last = page.samples[page.samples.length - 1], latest = rates().pop();
   at("rate").textContent = latest ? (100 * latest[1]).toFixed(1) + " %" : "";
-  at("dirty").textContent = last ? `${bytes(last[10])} of at most ${bytes(head.dirty_limit_bytes)}` : "";
+  at("dirty").textContent = last ? `${bytes(last[dirty])} of at most ${bytes(head.dirty_limit_bytes)}` : "";
 }
 
 function rates() {
-  const found = [];
+  const found = [], { page_hits, page_misses } = page.columns;
   for (let i = 1; i < page.samples.length; i++) {
-    const hits = page.samples[i][1] - page.samples[i - 1][1], misses = page.samples[i][2] - page.samples[i - 1][2];
-    if (hits + misses) found.push([page.samples[i][0], hits / (hits + misses)]);
+    const [before, after] = page.samples.slice(i - 1, i + 1);
+    const hits = after[page_hits] - before[page_hits], misses = after[page_misses] - before[page_misses];
+    if (hits + misses) found.push([after[0], hits / (hits + misses)]);
   }
   return found;
 }

@@ -202,7 +202,7 @@ def test_json_has_names_that_parse_whatever_bytes_they_hold(mounted: Command) ->
     Path(os.fsdecode(bytes(mounted.path) + b"/\xff\n\\")).write_bytes(b"x")
 
     def names() -> set[str]:
-        return {file["path"] for file in json.loads(mounted.run("top", "--json").stdout)["files"]}
+        return {file["file"] for file in json.loads(mounted.run("top", "--json").stdout)["files"]}
 
     wait_until(lambda: f"{mounted.path}/\\xff\n\\\\" in names(), "the file")
     assert len(mounted.run("top", "--once").stdout.splitlines()) == 24
