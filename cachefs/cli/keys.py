@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import select
 import sys
 import termios
@@ -9,6 +10,7 @@ import tty
 from collections.abc import Iterator
 
 _NAMES = {b"\x1b[A": "up", b"\x1b[B": "down", b"\x1bOA": "up", b"\x1bOB": "down"}
+_KEY = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1bO.|.", re.DOTALL)  # what one key sends
 
 
 class Keys:
@@ -29,14 +31,10 @@ class Keys:
                 return ""
             if not self._typed:
                 return ""
-        for sequence, name in _NAMES.items():
-            if self._typed.startswith(sequence):
-                self._typed = self._typed[len(sequence) :]
-                return name
-        key, self._typed = chr(self._typed[0]), self._typed[1:]
-        if key == "\x1b":  # another key's sequence: none that is asked for
-            self._typed = b""
-        return key
+        found = _KEY.match(self._typed)
+        assert found is not None, "any byte is a key"
+        self._typed = self._typed[found.end() :]
+        return _NAMES.get(found[0]) or chr(found[0][0])
 
 
 @contextlib.contextmanager

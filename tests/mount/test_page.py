@@ -35,7 +35,9 @@ def page_of(mount: Mount) -> str:
 
 
 def opened(browser: Browser, mount: Mount) -> Browser:
-    browser.problems.clear()
+    browser.open("about:blank")
+    browser.wait("location.href === 'about:blank'")
+    browser.problems.clear()  # those of pages whose mounts have gone
     browser.size(1200, 700)
     browser.open(page_of(mount))
     browser.wait("window.cachefs && cachefs.draws > 0")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pyte
 import pytest
-from command import DEADLINE_SECONDS, Command, wait_until
+from command import Command, wait_until
 from PIL import Image
 
 from cachefs.page.cells import COLOURS
@@ -109,8 +109,9 @@ def terminal(mounted: Command) -> Iterator[Terminal]:
 
 
 def order(text: str) -> list[str]:
-    """Names of the files in the order of the screen."""
-    return [line.split()[-1] for line in text.splitlines() if line.split()[-1:] and line.split()[-1] in (*FILES, "written")]
+    """Names of the files in the order of the screen, whose last line is for messages."""
+    names = [line.split()[-1] for line in text.splitlines()[:-1] if line.strip()]
+    return [name for name in names if name in (*FILES, "written")]
 
 
 def test_a_frame_has_all_figures_in_80x24(mounted: Command) -> None:
@@ -149,7 +150,8 @@ def test_keys_sort_select_drop_and_pin(mounted: Command, terminal: Terminal) -> 
     terminal.until(lambda text: "large is not pinned" in text, "the refusal")
     terminal.press("\x1b[Akj?x\x1b[5~")
     terminal.press("q")
-    assert terminal.process.wait(DEADLINE_SECONDS) == 0
+    terminal.until(lambda _: terminal.process.poll() is not None, "the end")
+    assert terminal.process.returncode == 0
     assert termios.tcgetattr(terminal.slave) == terminal.before, "the terminal is as it was"
 
 
@@ -169,8 +171,8 @@ def test_any_terminal_will_do(mounted: Command, columns: int, lines: int) -> Non
     try:
         terminal.until(lambda text: text.strip().startswith("mount"), "a frame")
         terminal.press("sjq")
-        assert terminal.process.wait(DEADLINE_SECONDS) == 0
-        terminal.pump()
+        terminal.until(lambda _: terminal.process.poll() is not None, "the end")
+        assert terminal.process.returncode == 0
         assert b"Traceback" not in terminal.received
     finally:
         terminal.close()
@@ -179,8 +181,8 @@ def test_any_terminal_will_do(mounted: Command, columns: int, lines: int) -> Non
 def test_a_daemon_that_goes_ends_it_with_a_line(mounted: Command, terminal: Terminal) -> None:
     terminal.until(lambda text: "s sort" in text, "the first frame")
     assert mounted.umount().returncode == 0
-    assert terminal.process.wait(DEADLINE_SECONDS) == 1
-    terminal.pump()
+    terminal.until(lambda _: terminal.process.poll() is not None, "the end")
+    assert terminal.process.returncode == 1
     last = terminal.received.decode().rstrip().splitlines()[-1]
     assert re.search(rf"cachefs: {mounted.path}: the daemon [a-z ]+", last), terminal.received[-300:]
     assert b"Traceback" not in terminal.received
