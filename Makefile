@@ -5,6 +5,8 @@ MAKEFLAGS += --no-print-directory
 SETUP := @bash scripts/setup.sh
 PY := .venv/bin/python
 ARGS ?=
+# Files of tests run side by side: much of the time goes into waiting for mounts.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-system uninstall-system test-setup demo test stress crash lint bench screenshot clean
@@ -29,7 +31,7 @@ demo:  ## the main job in a minute: real programs on a slow store, cold and warm
 	@$(PY) scripts/demo.py $(ARGS)
 
 test: test-setup  ## all tests but the slow ones
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 stress: test-setup  ## the slow tests: stress-ng and random operations for minutes
 	@$(PY) -m pytest -m slow --timeout 1800 -o faulthandler_timeout=1700 $(ARGS)

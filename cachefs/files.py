@@ -286,9 +286,9 @@ class Files:
         self.ensure_file(inode)
         # A look-up may have noticed a change before, and the kernel's pages may not be gone yet.
         self.opened(inode)
-        unchanged = known and inode.changes == inode.changes_told
+        told = inode.changes == inode.changes_told
         inode.changes_told = inode.changes
-        return Opened(self._new_handle(inode, flags, uid, gids, pid), unchanged, changed)
+        return Opened(self._new_handle(inode, flags, uid, gids, pid), known and told, changed or not told)
 
     def open_created(
         self, inode: Inode, fd: int, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS, pid: int = 0
@@ -425,13 +425,12 @@ class Files:
         if self.writeback.must_throttle(len(data)):
             with self.io.watchdog.patience():
                 await self.writeback.throttle(len(data))
-        now = now_ns(inode)
-        inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
-
         safe = True
 
         def dirtied(at: int, nbytes: int) -> None:
             nonlocal safe
+            now = now_ns(inode)
+            inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
             inode.epoch += 1
             self.writeback.note(inode)
             safe = self.keeper.wrote(inode, at, nbytes) and safe

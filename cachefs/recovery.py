@@ -96,9 +96,9 @@ class Predecessor:
         """Refuses a journal with something in it that belongs to another SOURCE."""
         if not self.found.files and not self.synced.files:
             return
-        for key in (b"source", b"root"):
-            theirs = self.found.meta.get(key, meta[key])
-            if theirs != meta[key]:
+        for key in (b"source", b"root", b"handle"):
+            theirs = self.found.meta.get(key, b"")
+            if theirs and meta[key] and theirs != meta[key]:
                 was = os.fsdecode(self.found.meta.get(b"source", b"another directory"))
                 raise CachefsError(
                     f"the journal {self.directory} holds unwritten data of another SOURCE (it was {was}; is that mounted?): "
@@ -119,12 +119,12 @@ def boot_id() -> bytes:
 
 
 def source_meta(config: Config, backing: Backing, root: Inode) -> dict[bytes, bytes]:
-    """What tells this SOURCE from others."""
+    """What tells this SOURCE from others; the handle is empty where there are none."""
     try:
-        name = b"" if backing.blocking else backing.file_handle(root.fd)
+        handle = b"" if backing.blocking else backing.file_handle(root.fd)
     except OSError:
-        name = b""
-    return {b"source": os.fsencode(config.source), b"root": name or str(root.key[1]).encode()}
+        handle = b""
+    return {b"source": os.fsencode(config.source), b"root": str(root.key[1]).encode(), b"handle": handle}
 
 
 class Recovery:

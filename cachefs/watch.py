@@ -27,6 +27,7 @@ MODIFY, OVERFLOW, IGNORED = int(flags.MODIFY), int(flags.Q_OVERFLOW), int(flags.
 MASK = MODIFY | int(flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO | flags.ONLYDIR | flags.EXCL_UNLINK)
 TOLD_AFTER_SECONDS = 0.02  # events are gathered so long: a burst costs one look at each file
 WATCH_AFTER_SECONDS = 0.1  # files opened meanwhile are dealt with together; many are gone again by then
+LOOK_SECONDS, LOOK_WATCHES = 5.0, 50  # how often, where nothing is opened, and at how many watches to look: are they needed?
 READ_BYTES = 64 << 10  # events of one turn, ~2000
 STEP_INODES, STEP_PAUSE_SECONDS = 64, 0.005  # when everything is looked at: ~1 ms, then others have their turn
 WATCHES_MAX = 4096  # ~1 KiB of the kernel's memory each
@@ -86,6 +87,7 @@ class Watcher:
         self.watches: dict[Inode, Watch] = {}  # {directory: its watch}, that which was needed longest ago first
         self._directories: dict[int, Inode] = {}  # {number of a watch: directory}
         self._opened: dict[Inode, None] = {}  # files to be watched
+        self._woken = trio.Event()  # there is one
         self._later: dict[Place, None] = {}  # what to look at when a change of ours is done
         self._inotify: inotify_simple.INotify | None = None
         files.opened = self.opened
@@ -116,6 +118,8 @@ class Watcher:
 
     def opened(self, inode: Inode) -> None:
         """The file's directories are to be watched; called at every open, so it only takes a note."""
+        if not self._opened:
+            self._woken.set()
         self._opened[inode] = None
 
     def _fall_back(self, what: str, error: OSError) -> None:
@@ -125,14 +129,18 @@ class Watcher:
 
     async def _tend(self) -> None:
         while True:
-            await trio.sleep(WATCH_AFTER_SECONDS)
-            opened, self._opened = self._opened, {}
+            with trio.move_on_after(LOOK_SECONDS if self.watches else float("inf")):
+                await self._woken.wait()
+            if self._opened:
+                await trio.sleep(WATCH_AFTER_SECONDS)
+            opened, self._opened, self._woken = self._opened, {}, trio.Event()
             for i, inode in enumerate(opened):
                 if i % STEP_INODES == 0:
                     await trio.lowlevel.checkpoint()
                 if is_needed(inode):
                     await self._watch_for(inode)
-            self._drop_one()
+            for _ in range(1 if opened else min(LOOK_WATCHES, len(self.watches))):
+                self._drop_one()
 
     async def _watch_for(self, inode: Inode) -> None:
         for parent, name in list(inode.names):

@@ -13,6 +13,7 @@ import click
 from cachefs import control, mountinfo
 from cachefs.cli.asking import Answer, OutOfTime, ask, timeout_option
 from cachefs.cli.format import fate_line, left_line, unwritten_line
+from cachefs.cli.place import real_path
 from cachefs.errors import CachefsError
 from cachefs.state import DaemonRecord, find_daemon, how_it_ended, is_held
 
@@ -31,7 +32,7 @@ def command(mountpoint: str, timeout: float | None) -> int:
     Exit status 0 when all is on SOURCE, else 1: what is not is listed, and where it is kept. With --timeout, it may also return
     while the daemon is still writing: what remains is listed, and the daemon goes on and unmounts when it is done.
     """
-    if find_daemon(mountpoint) is None and mountinfo.release_if_dead(os.path.realpath(mountpoint)):
+    if find_daemon(mountpoint) is None and mountinfo.release_if_dead(real_path(mountpoint)):
         click.echo(f"cachefs: {mountpoint} had no daemon any more: unmounted", err=True)
         return 0
     record = _daemon_at(mountpoint)
@@ -51,11 +52,11 @@ def command(mountpoint: str, timeout: float | None) -> int:
 
 def _daemon_at(mountpoint: str) -> DaemonRecord:
     record = find_daemon(mountpoint)
-    if record is not None and record.mountpoint == os.path.realpath(mountpoint):
+    if record is not None and record.mountpoint == real_path(mountpoint):
         return record
     if record is not None:
         raise CachefsError(f"{mountpoint} is the SOURCE of a mount: give its MOUNTPOINT {record.mountpoint}")
-    if mountinfo.is_cachefs(os.path.realpath(mountpoint)):
+    if mountinfo.is_cachefs(real_path(mountpoint)):
         raise CachefsError(f"{mountpoint} belongs to another user or runtime directory: use umount {mountpoint}")
     raise CachefsError(f"{mountpoint} is not a cachefs mountpoint: cachefs status lists them")
 

@@ -148,6 +148,7 @@ class Journal:
     def _begin(self, file: JournalFile) -> None:
         self.seq += 1
         file.record.seq = self.seq
+        file.tail = file.record.tail()  # it may have got another name while it had no pages
         self.index.commit(self._file_row(file))
         self.files[file.record.file] = file
 

@@ -132,8 +132,8 @@ class Campaign:
             if self.place.ended(POLL_SECONDS):
                 raise Crashed(f"the daemon ended while it was at work:\n{self.place.log_text()}")
         for writer in self.writers:
-            if writer.ended():
-                raise Crashed(f"{writer.name} has ended while the mount was alive: {writer.join()}")
+            if writer.ended() and not (self.faults is not None and writer.ended_by_mapping()):
+                raise Crashed(f"{writer.name} has ended while the mount was alive: {writer.join()} {writer.record.last(set())}")
 
     def _recorded_bytes(self) -> int:
         return sum(writer.record.size() for writer in self.writers)
@@ -176,7 +176,9 @@ class Campaign:
         going = {path for writer in self.writers for path in writer.victims()}
         for aside in self.place.recovered():
             if not aside.paths & going:
-                self._complain([f"recovery found no place for {aside.note}; under way was the end of {going or 'nothing'}"])
+                history = [line for writer in self.writers for line in writer.history(aside.paths | going)]
+                found = f"recovery found no place for {aside.note}; under way was the end of {going or 'nothing'}"
+                self._complain([found, *history])
             shutil.rmtree(aside.directory)
             self.done["put aside"] += 1
 

@@ -57,17 +57,13 @@ class Record:
     def size(self) -> int:
         return os.fstat(self.fd).st_size
 
-    def last(self, numbers: set[int]) -> list[str]:
-        """For people: the last operations on these files, and the last one of all, with the time in seconds."""
+    def last(self, words: set[int | str]) -> list[str]:
+        """For people: the last operations on these files or paths, and the last one of all, with the time in seconds."""
         lines = []
         for intent, end in itertools.pairwise(self._last):
-            if intent.what == INTENT and (numbers.intersection(map(_number, intent.detail)) or end is self._last[-1]):
+            if intent.what == INTENT and (words.intersection(intent.detail) or end is self._last[-1]):
                 lines.append(f"{intent.time_ns / 1e9:.6f} {intent.detail} -> {end.what} {end.detail} {end.time_ns / 1e9:.6f}")
         return lines[-40:]
 
     def close(self) -> None:
         os.close(self.fd)
-
-
-def _number(word: object) -> int:
-    return word if isinstance(word, int) else -1

@@ -18,7 +18,7 @@ from writers import FileWriter, Writer
 from cachefs.config import OPTIONS
 
 FILE_WRITERS = 4
-FAULTS_SAY = re.compile(rf"{ORDINARY.pattern}|cannot write to the backing: (EIO|ENOSPC|EDQUOT) ")
+FAULTS_SAY = re.compile(rf"{ORDINARY.pattern}|cannot write to the backing: (EIO|ENOSPC|EDQUOT) |cannot be written now \(")
 SQLITE = (("wal", "FULL"), ("wal", "NORMAL"), ("delete", "FULL"))
 
 

@@ -60,6 +60,11 @@ class Writer:
         """Paths in the mount whose files an operation under way may have removed."""
         raise NotImplementedError
 
+    def history(self, paths: set[str]) -> list[str]:
+        """For people: the last operations on what is or was called so in the mount."""
+        inside = {os.path.relpath(path, self.name) for path in paths if path.startswith(f"{self.name}/")}
+        return [f"  {self.name}: {line}" for line in self.record.last({*inside})] if inside else []
+
     def start(self, mountpoint: Path, seed: int, stop: StopFlag) -> None:
         self._child = os.fork()
         if self._child == 0:
@@ -77,6 +82,11 @@ class Writer:
     def ended(self) -> bool:
         """Whether the child has ended by itself, looked at without waiting."""
         return not self._child or os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def ended_by_mapping(self) -> bool:
+        """Whether it has ended because a page that it touched in a mapping could not be read."""
+        end = os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOHANG | os.WNOWAIT) if self._child else None
+        return end is not None and (end.si_code, end.si_status) == (os.CLD_KILLED, signal.SIGBUS)
 
     def join(self) -> list[str]:
         """Waits for the child; complains if it failed. A mapping of a dead mount costs the child its life: that may be."""
@@ -154,6 +164,6 @@ class FileWriter(Writer):
         complaints, self.tree = check(self.tree, self.pending, root / self.name)
         self.pending = None
         if complaints:
-            numbers = {int(number) for line in complaints for number in re.findall(r"\(file (\d+)\)", line)}
+            numbers: set[int | str] = {int(number) for line in complaints for number in re.findall(r"\(file (\d+)\)", line)}
             complaints += [f"  {self.name}: {line}" for line in self.record.last(numbers)]
         return complaints

@@ -220,3 +220,26 @@ def test_what_is_made_belongs_to_who_asked_for_it(tmp_path: Path, blocking: bool
         assert stat.S_IMODE(os.lstat(tmp_path / "set-id").st_mode) == 0o6755
 
     over(tmp_path, main, blocking)
+
+
+def test_regression_a_write_that_waits_for_its_page_leaves_the_times_alone(tmp_path: Path) -> None:
+    """Writeback of other pages gave the file the mtime of a write that had not happened; after a kill it never did."""
+    (tmp_path / "file").write_bytes(bytes(4096))
+
+    async def test(world: World) -> None:
+        inode, number = await world.open("file")
+        await world.files.write(number, 4096, bytes(4096))
+        await world.fs.setattr(inode, Changes(mtime_ns=10**18), 0)
+        world.backing.set_plan([{"op": "preadv", "hang": True}])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.files.write, number, 7, b"x")
+            while not world.backing.calls["preadv"]:
+                await trio.sleep(0.001)
+            seen = [inode.attributes().mtime_ns]
+            await world.writeback.flush(inode)
+            seen.append(os.stat(tmp_path / "file").st_mtime_ns)
+            world.backing.set_plan([])
+        assert seen == [10**18] * 2
+        assert inode.attributes().mtime_ns > 10**18
+
+    over(tmp_path, test, False)

@@ -298,6 +298,21 @@ def test_when_no_watches_are_left_it_goes_on_with_those_it_has_and_says_so_once(
     play(tmp_path, test)
 
 
+def test_regression_the_first_open_after_a_change_tells_the_kernel_of_the_size_whoever_noticed_it(tmp_path: Path) -> None:
+    """Programs were given the new contents up to the old size, when inotify had been faster than their open."""
+
+    async def test(world: Watched) -> None:
+        inode, _ = await world.cached("file")
+        (world.top / "file").write_bytes(b"longer than before")
+        await world.tell()
+        assert inode.st.st_size == 18
+        opened = [await world.files.open(inode, os.O_RDONLY, 0) for _ in range(2)]
+        assert [each.attributes_changed for each in opened] == [True, False]
+        assert [each.unchanged for each in opened] == [False, True]
+
+    play(tmp_path, test)
+
+
 def test_without_inotify_it_says_so_once_and_nothing_else_changes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

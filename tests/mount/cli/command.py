@@ -48,7 +48,7 @@ def ended(pid: int) -> bool:
     """Whether the process is gone, or dead and only waiting for its parent to notice."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it may go while it is looked at
         return True
 
 
