@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -116,14 +117,15 @@ def browsing() -> Iterator[Browser]:
         raise FileNotFoundError("no Chromium is installed")
     profile = tempfile.mkdtemp(prefix="cachefs-browser-")
     to_browser, from_browser = os.pipe(), os.pipe()
-    # It wants to read from descriptor 3 and write to 4.
-    command = ["/bin/sh", "-c", f'exec "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}', "sh", chromium, *FLAGS]
+    # It wants to read from descriptor 3 and write to 4, so ours are to be others. bash, as sh may know no numbers above 9.
+    theirs = tuple(fcntl.fcntl(pipe, fcntl.F_DUPFD_CLOEXEC, 10) for pipe in (to_browser[0], from_browser[1]))
+    command = ["bash", "-c", f'exec "$@" 3<&{theirs[0]} 4>&{theirs[1]}', "bash", chromium, *FLAGS]
     process = subprocess.Popen(
         [*command, f"--user-data-dir={profile}"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        pass_fds=(to_browser[0], from_browser[1]), start_new_session=True,
+        pass_fds=theirs, start_new_session=True,
     )  # fmt: skip
-    os.close(to_browser[0])
-    os.close(from_browser[1])
+    for descriptor in (to_browser[0], from_browser[1], *theirs):
+        os.close(descriptor)
     try:
         yield Browser(process, from_browser[0], to_browser[1])
     finally:
