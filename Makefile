@@ -9,7 +9,7 @@ ARGS ?=
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-system uninstall-system test-setup demo test stress crash lint bench clean
+.PHONY: help install install-system uninstall-system test-setup demo test stress crash lint bench screenshot clean
 
 help:  ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ lint:  ## ruff, and mypy --strict on both packages
 
 bench: test-setup  ## speed against the bare stack, the kernel's cache and the plain directory
 	@$(PY) bench/run.py $(ARGS)
+
+screenshot: test-setup  ## the page of a mount at work, as docs/page.png
+	@$(PY) scripts/screenshot.py
 
 clean:  ## remove everything that was made here, .venv too
 	@rm -rf .venv build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

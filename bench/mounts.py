@@ -33,10 +33,14 @@ class Mounted:
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def statistics(self) -> dict:
+        """What it counted."""
+        return self.status()["statistics"]
+
+    def status(self) -> dict:
         """What `cachefs status --json` says."""
         command = [sys.executable, "-m", "cachefs", "status", str(self.path), "--json"]
         out = subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=30).stdout
-        return json.loads(out)["statistics"]
+        return json.loads(out)
 
 
 @contextlib.contextmanager
@@ -56,8 +60,8 @@ def floor(work: Path) -> Iterator[Mounted]:
 
 
 @contextlib.contextmanager
-def cachefs(work: Path, source: Path, *options: str) -> Iterator[Mounted]:
-    command = [sys.executable, "-m", "cachefs", "mount", str(source), str(_mountpoint(work)), "--foreground"]
+def cachefs(work: Path, source: Path, *options: str, program: tuple[str, ...] = ("-m", "cachefs")) -> Iterator[Mounted]:
+    command = [sys.executable, *program, "mount", str(source), str(_mountpoint(work)), "--foreground"]
     command += ["--state-dir", str(work / "state"), "--metrics", "127.0.0.1:0", *options]
     with _running(work, command, source) as mounted:
         yield mounted

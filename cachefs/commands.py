@@ -58,6 +58,7 @@ class Commands:
                 "source": self.mount.config.source,
                 "mountpoint": self.mount.config.mountpoint,
                 "metrics": self.mount.metrics_url,
+                "page": self.mount.page_url,
                 "statistics": dataclasses.asdict(self.mount.statistics()),
             }
         )

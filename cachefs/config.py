@@ -4,6 +4,7 @@ The command line, `-o` and fstab give the same option names and the same strings
 """
 
 import difflib
+import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ DEFAULT_POLICY = "s3fifo"
 KERNEL_CACHE_MODES = ("off", "open", "keep")
 DURABILITIES = ("backing", "journal", "none")
 BACKING_KINDS = ("auto", "local", "network")
+PAGE_MODES = ("auto", "on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MOUNT_FLAGS = ("nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "strictatime", "nosymfollow")
 
@@ -60,6 +62,7 @@ OPTIONS = (
     Option("backing", "KIND", "is SOURCE a local disk or far away", "auto", BACKING_KINDS),
     Option("backing_timeout", "TIME", "how long SOURCE may take to answer, if far away, before requests fail", "30s"),
     Option("metrics", "ADDRESS:PORT", "where Prometheus finds /metrics; port 0 = any, off = nowhere", "127.0.0.1:9477"),
+    Option("page", "MODE", "show the cache, with names of files, there; auto = if only this machine can ask", "auto", PAGE_MODES),
     Option("state_dir", "DIR", "where locks and logs live", "/var/lib/cachefs or ~/.local/state/cachefs"),
     Option("fast_lane", "MODE", "answer requests ourselves, without pyfuse3", "on", ("on", "off")),
     Option("simulate_latency", "TIME", "make every call to SOURCE take longer (experiments)", "0"),
@@ -96,6 +99,7 @@ class Config:
     metrics_host: str | None  # None = off
     metrics_port: int  # 0 = any
     metrics_asked: bool  # asked for by name, so that a taken port is an error
+    page: bool  # the page is served at the same address
     state_dir: str | None
     fast_lane: bool
     simulate_latency_seconds: float
@@ -147,6 +151,7 @@ def make_config(
         metrics_host=host,
         metrics_port=port,
         metrics_asked="metrics" in asked,
+        page=_page(asked, host),
         state_dir=os.path.abspath(asked["state_dir"]) if asked.get("state_dir") else None,
         fast_lane=_choice(asked, "fast_lane") == "on",
         simulate_latency_seconds=_duration(asked, "simulate_latency"),
@@ -186,6 +191,20 @@ def parse_metrics_address(text: str) -> tuple[str | None, int]:
     if not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise UsageError(f"--metrics {text!r} is not ADDRESS:PORT: write it like 127.0.0.1:9477, or off")
     return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
+def _page(asked: Mapping[str, str], host: str | None) -> bool:
+    """Whether the page is served: it tells names of files, so others than this machine get it only where that was asked for."""
+    mode = _choice(asked, "page")
+    return host is not None and (mode == "on" or (mode == "auto" and is_loopback(host)))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to this address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _cache_size(asked: Mapping[str, str], memory_bytes: int) -> int:

@@ -6,8 +6,6 @@ a scrape belong to the same moment. METRICS.md describes `DEFINITIONS` for peopl
 
 import logging
 import socket
-import socketserver
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +13,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from errno import EADDRINUSE
 from itertools import accumulate
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
@@ -24,6 +21,8 @@ from prometheus_client.registry import Collector
 
 from cachefs import __version__
 from cachefs.errors import CachefsError
+from cachefs.httpserver import Handler, Server
+from cachefs.page.web import Page
 from cachefs.statistics import (
     DISTANCE_BOUNDS_BYTES,
     DURATION_BOUNDS_SECONDS,
@@ -36,7 +35,6 @@ from cachefs.statistics import (
 
 PORTS_TRIED = 100  # a machine with more mounts than this names its ports
 STATISTICS_TIMEOUT_SECONDS = 5.0  # under Prometheus's usual scrape_timeout, so that it is told why
-CLIENT_TIMEOUT_SECONDS = 10.0  # a client that connects and says nothing holds a thread no longer than this
 
 log = logging.getLogger(__name__)
 
@@ -353,12 +351,12 @@ def make_registry(statistics: Callable[[], Statistics]) -> CollectorRegistry:
 
 
 class MetricsServer:
-    """HTTP server of GET /metrics in a daemon thread; it reads, and changes nothing."""
+    """HTTP server of /metrics, and of the page with the picture of the cache if there is one; it reads, and changes nothing."""
 
-    def __init__(self, host: str, port: int, asked: bool, registry: CollectorRegistry) -> None:
+    def __init__(self, host: str, port: int, asked: bool, registry: CollectorRegistry, page: Page | None = None) -> None:
         """Listens at once. `asked`: the port was asked for by name, so that finding it taken is an error."""
         self._server = _bind(host, port, 1 if asked or port == 0 else PORTS_TRIED)
-        self._server.set_app(_application(make_wsgi_app(registry)))
+        self._server.set_app(_application(make_wsgi_app(registry), page))
         self.url = f"http://{_authority(host, self._server.server_port)}/metrics"
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.2,), name="cachefs-metrics", daemon=True
@@ -372,13 +370,15 @@ class MetricsServer:
         self._thread.join()
 
 
-def _application(metrics: WSGIApplication) -> WSGIApplication:
+def _application(metrics: WSGIApplication, page: Page | None) -> WSGIApplication:
     def answer(start: StartResponse, status: str, text: str, *headers: tuple[str, str]) -> list[bytes]:
         start(status, [("Content-Type", "text/plain; charset=utf-8"), *headers])
         return [f"{text}\n".encode(errors="backslashreplace")]
 
     def application(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
+        if page is not None and path in page.paths:
+            return page(environ, start)
         if path not in ("/", "/metrics"):
             return answer(start, "404 Not Found", "cachefs: only /metrics is here")
         if environ["REQUEST_METHOD"] != "GET":
@@ -394,37 +394,15 @@ def _application(metrics: WSGIApplication) -> WSGIApplication:
     return application
 
 
-class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    """A thread a request, so that one slow reader keeps nobody else waiting."""
-
-    daemon_threads = True
-
-    def server_bind(self) -> None:
-        # Not HTTPServer's: that one looks up the host's full name, which takes seconds where no DNS answers.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.socket.getsockname()[:2]
-        self.setup_environ()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        log.debug("metrics: a client went away: %s", sys.exc_info()[1])
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = CLIENT_TIMEOUT_SECONDS
-
-    def log_message(self, format: str, *args: object) -> None:
-        log.debug(format, *args)
-
-
-def _bind(host: str, port: int, ports: int) -> _Server:
+def _bind(host: str, port: int, ports: int) -> Server:
     """A listening server on the first free one of `ports` ports from `port` on."""
     last = max(port, min(port + ports - 1, 65535))
     try:
         family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        server_class = type("_FamilyServer", (_Server,), {"address_family": family})
+        server_class = type("_FamilyServer", (Server,), {"address_family": family})
         for candidate in range(port, last + 1):
             try:
-                server: _Server = server_class((address[0], candidate), _Handler)
+                server: Server = server_class((address[0], candidate), Handler)
                 return server
             except OSError as error:
                 if error.errno != EADDRINUSE:

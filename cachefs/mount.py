@@ -17,10 +17,14 @@ from cachefs.commands import Commands
 from cachefs.config import Config
 from cachefs.daemon import Ready
 from cachefs.errors import CachefsError
+from cachefs.history import History
 from cachefs.inode import Inode
 from cachefs.keepcommands import KeepCommands
 from cachefs.leftover import leave_descriptors
 from cachefs.metrics import MetricsServer, make_registry
+from cachefs.page.picture import Picture
+from cachefs.page.web import FromThread, Page
+from cachefs.picturecommands import PictureCommands
 from cachefs.recovery import Predecessor, Recovery
 from cachefs.settings import Settings
 from cachefs.stack import Stack, raise_descriptor_limit
@@ -106,6 +110,7 @@ class Mount:
             self.tasks = Guarded(nursery)
             pins_file = os.path.join(self.state.directory, PINS_FILE)
             self.stack = Stack(self.config, self.backing, self.tasks, self._changed, self._gone, pins_file)
+            self.history = History(self.stack)
             try:
                 await self._serve(ready, nursery)
             finally:  # of all that is under way, threads that hang in SOURCE included
@@ -184,14 +189,18 @@ class Mount:
         self.stack.pins.load()
         self.tasks.start_service(self.stack.pins.run)
         keeping = KeepCommands(self.stack, Settings(self.stack, self._settings_changed), self._forget_in_kernel)
-        handlers = {**self.commands.handlers(), **ViewCommands(self.stack).handlers(), **keeping.handlers()}
+        picture = Picture(self.stack, self.history)
+        seeing = PictureCommands(picture, self.statistics)
+        handlers = {
+            **self.commands.handlers(), **ViewCommands(self.stack).handlers(), **keeping.handlers(), **seeing.handlers(),
+        }  # fmt: skip
         await nursery.start(controlserver.serve, self.state.socket_path, handlers)
         if self.config.metrics_host is not None:
             token = trio.lowlevel.current_trio_token()
             snapshot = functools.partial(trio.from_thread.run_sync, self.statistics, trio_token=token)
-            self.metrics = MetricsServer(
-                self.config.metrics_host, self.config.metrics_port, self.config.metrics_asked, make_registry(snapshot)
-            )
+            host, registry = self.config.metrics_host, make_registry(snapshot)
+            page = Page(picture, FromThread(self.tasks, token), host) if self.config.page else None
+            self.metrics = MetricsServer(host, self.config.metrics_port, self.config.metrics_asked, registry, page)
 
     async def _ping(self) -> None:
         """Tells systemd that this thread still goes round, to the very end of the mount."""
@@ -205,6 +214,7 @@ class Mount:
             await trio.sleep(SWEEP_SECONDS)
             self.stack.fs.sweep(SWEEP_INODES)
             self.stack.tick()
+            self.history.take()
 
     async def _retire(self) -> None:
         while True:
@@ -329,6 +339,10 @@ class Mount:
     @property
     def metrics_url(self) -> str | None:
         return self.metrics.url if self.metrics is not None else None
+
+    @property
+    def page_url(self) -> str | None:
+        return self.metrics.url.removesuffix("metrics") if self.metrics is not None and self.config.page else None
 
     def statistics(self) -> Statistics:
         durations = {op: histogram.snapshot() for op, histogram in self.session.durations.items()}

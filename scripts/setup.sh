@@ -10,10 +10,14 @@ demo_packages=(git sqlite3)
 test_packages=(
     "${demo_packages[@]}" make e2fsprogs rsync fio stress-ng prometheus systemd attr acl strace libaio-dev sshfs openssh-sftp-server
 )
+optional_packages=() # tests that need one are skipped without it
 case $purpose in
     run | lint) debian=("${run_packages[@]}") ;;
     demo) debian=("${run_packages[@]}" "${demo_packages[@]}") ;;
-    test) debian=("${run_packages[@]}" "${test_packages[@]}") ;;
+    test)
+        debian=("${run_packages[@]}" "${test_packages[@]}")
+        optional_packages=(chromium) # Ubuntu has it as a snap alone
+        ;;
     *) echo "usage: setup.sh run|demo|test|lint" >&2; exit 2 ;;
 esac
 case $purpose in
@@ -48,6 +52,7 @@ missing_packages() {
             attr) command -v setfattr ;;
             acl) command -v setfacl ;;
             e2fsprogs) command -v mkfs.ext4 ;;
+            chromium) command -v chromium || command -v chromium-browser ;;
             openssh-sftp-server) test -e /usr/lib/openssh/sftp-server ;;
             *) command -v "$package" ;;
         esac >/dev/null 2>&1 || echo "$package"
@@ -146,5 +151,8 @@ python=$(find_python) ||
     die "cachefs needs Python 3.11 or newer: install one (python3.11, python3.12 ...) or set PYTHON=/path/to/python3"
 # shellcheck disable=SC2046  # package names, one a word
 install_debian $(missing_packages "${debian[@]}" | sort -u) $(missing_python_packages)
+for package in $(missing_packages "${optional_packages[@]}"); do
+    (apt_install "$package") || say "tests that need $package are skipped"
+done
 has requirements.lock || make_venv
 [ "$lock" = requirements.lock ] || has "$lock" || add_to_venv "$lock"

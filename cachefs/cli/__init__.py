@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import click
 
 from cachefs import __version__
-from cachefs.cli import discard, drop, ls, mount, pin, settings, stat, status, sync, umount, warm
+from cachefs.cli import discard, drop, ls, map, mount, pin, settings, stat, status, sync, top, umount, warm
 from cachefs.errors import CachefsError
 
 INTERRUPTED = 130
@@ -28,7 +28,7 @@ def commands() -> None:
 
 for _command in (
     mount.command, umount.command, sync.command, status.command, discard.command, ls.command, stat.command, warm.command,
-    pin.command, pin.unpin_command, drop.command, settings.command,
+    pin.command, pin.unpin_command, drop.command, settings.command, top.command, map.command,
 ):  # fmt: skip
     commands.add_command(_command)
 

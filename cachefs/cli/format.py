@@ -91,7 +91,7 @@ def status_text(status: Figures) -> str:
     statistics = status.get("statistics")
     if not isinstance(statistics, Mapping):
         return f"{_title(status)}\n  {status.get('error', 'no figures')}"
-    rows = [f"  {label:<{_LABEL_WIDTH}}{text}" for label, text in _rows(statistics, status.get("metrics"))]
+    rows = [f"  {label:<{_LABEL_WIDTH}}{text}" for label, text in _rows(statistics, status)]
     return "\n".join([_title(status), *rows])
 
 
@@ -101,7 +101,7 @@ def _title(status: Figures) -> str:
     return f"{status.get('mountpoint')} <- {status.get('source')}  ({status.get('phase')}, pid {status.get('pid')}{since})"
 
 
-def _rows(statistics: Figures, metrics: object) -> Iterator[tuple[str, str]]:
+def _rows(statistics: Figures, status: Figures) -> Iterator[tuple[str, str]]:
     cache, writeback = _part(statistics, "cache"), _part(statistics, "writeback")
     backing, filesystem = _part(statistics, "backing"), _part(statistics, "filesystem")
     yield "cache", _cache(cache) + f", {statistics.get('policy')}, kernel cache {statistics.get('kernel_cache')}"
@@ -122,7 +122,8 @@ def _rows(statistics: Figures, metrics: object) -> Iterator[tuple[str, str]]:
     yield from _calls(_part(backing, "durations"))
     yield "time saved", format_duration(_count(filesystem, "saved_seconds")) + " (hits x latency)"
     yield "open", _open(filesystem)
-    yield "metrics", str(metrics) if metrics else "off"
+    yield "metrics", str(status.get("metrics") or "off")
+    yield "page", str(status.get("page") or "off")
 
 
 def _part(figures: Figures, name: str) -> Figures:

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 60.0  # everything waited for here takes a fraction of a second; this is for a machine that is busy
 POLL_SECONDS = 0.01
 BAD = re.compile(r"WARNING|ERROR|CRITICAL|Traceback|Exception|Error:")
-PLAIN_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("CACHEFS_", "XDG_", "NOTIFY_"))}
+NOT_INHERITED = ("CACHEFS_", "XDG_", "NOTIFY_", "COLUMNS", "LINES")  # the last two: what pytest-xdist says of its own terminal
+PLAIN_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
 # Everything is imported before another user takes over: he may not be allowed to read the interpreter's files.
 # A process that changed its user is not dumpable, and may not look at its own /proc/self/fd then.
 START = """

@@ -56,8 +56,8 @@ def test_every_option_is_read() -> None:
     values = {
         "cache_size": "64M", "policy": "lru", "kernel_cache": "keep", "readahead_max": "0", "dirty_limit": "16M",
         "dirty_background": "4M", "dirty_expire": "2s", "writeback_interval": "500ms", "metadata_ttl": "0",
-        "backing": "network", "backing_timeout": "5s", "metrics": "off", "state_dir": "/state", "simulate_latency": "10ms",
-        "simulate_bandwidth": "200M", "log_level": "debug", "read_only": "yes", "allow_other": "no",
+        "backing": "network", "backing_timeout": "5s", "metrics": "off", "page": "off", "state_dir": "/state",
+        "simulate_latency": "10ms", "simulate_bandwidth": "200M", "log_level": "debug", "read_only": "yes", "allow_other": "no",
         "fault_plan": "/plan", "durability": "journal", "journal_size": "64M", "fast_lane": "off", "pin_limit": "8M",
         "rule": "comm=tar advice=noreuse",
     }  # fmt: skip

@@ -27,6 +27,7 @@ import ctypes, os
 import encodings.ascii, encodings.idna
 from cachefs.cli import main
 import cachefs.mount
+from mounts import NOT_INHERITED
 os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
 ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE
 main()
@@ -62,7 +63,7 @@ class Command:
     def __init__(self, base: Path) -> None:
         self.base = base
         self.source, self.path = self.directory("source"), self.directory("mnt")
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CACHEFS_", "XDG_", "NOTIFY_"))}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
         self.environment = {
             **inherited, "CACHEFS_RUNTIME_DIR": str(base / "run"), "CACHEFS_CHECK": "1", "PYTHONPATH": str(ROOT),
             "LC_ALL": "C.UTF-8",
