@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefs import mountinfo
+from mounts import NOT_INHERITED
 
 ROOT = Path(__file__).parents[3]
 DEADLINE_SECONDS = 60.0
@@ -27,7 +28,6 @@ import ctypes, os
 import encodings.ascii, encodings.idna
 from cachefs.cli import main
 import cachefs.mount
-from mounts import NOT_INHERITED
 os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
 ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE
 main()
