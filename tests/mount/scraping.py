@@ -118,6 +118,15 @@ class Prometheus:
 
     def __init__(self, address: str) -> None:
         self.url = f"http://{address}/api/v1"
+        self._ready_url = f"http://{address}/-/ready"
+
+    def ready(self) -> bool | None:
+        """True, or None as long as it answers 503 to all that it is asked: it listens before it has its storage."""
+        try:
+            with urllib.request.urlopen(self._ready_url, timeout=DEADLINE_SECONDS):
+                return True
+        except urllib.error.HTTPError:
+            return None
 
     def ask(self, path: str, **arguments: str) -> Any:
         parameters = urllib.parse.urlencode({name.replace("match", "match[]"): v for name, v in arguments.items()})
@@ -157,7 +166,9 @@ def prometheus_scraping(targets: list[str], directory: Path) -> Iterator[Prometh
             found = re.search(r'msg="Listening on".* address=(\S+)', log.read_text(errors="replace"))
             return found and found[1]
 
-        yield Prometheus(wait_for("prometheus", address, lambda: log.read_text(errors="replace")))
+        prometheus = Prometheus(wait_for("prometheus", address, lambda: log.read_text(errors="replace")))
+        wait_for("prometheus to be ready", prometheus.ready)
+        yield prometheus
 
 
 def queries(dashboard: Path) -> list[tuple[str, str]]:
