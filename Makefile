@@ -9,7 +9,7 @@ ARGS ?=
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-system uninstall-system test-setup demo test stress crash lint bench screenshot clean
+.PHONY: help install install-system uninstall-system test-setup demo test stress crash lint bench bench-full screenshot clean
 
 help:  ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ lint:  ## ruff, and mypy --strict on both packages
 
 bench: test-setup  ## speed against the bare stack, the kernel's cache and the plain directory
 	@$(PY) bench/run.py $(ARGS)
+
+bench-full:  ## against bindfs, mergerfs, unionfs-fuse, rclone and sshfs: 25 minutes; ARGS="--only hits --rounds 2" is less
+	$(SETUP) bench
+	@$(PY) bench/full.py $(ARGS)
 
 screenshot: test-setup  ## the page of a mount at work, as docs/page.png
 	@$(PY) scripts/screenshot.py

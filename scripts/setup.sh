@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up this directory to run (`run`, `demo`), to test (`test`) or to check (`lint`) cachefs: Debian packages that are
+# Sets up this directory to run (`run`, `demo`), to test (`test`), to measure (`bench`) or to check (`lint`) cachefs: Debian packages that are
 # missing, .venv, the pinned Python packages and the project itself. Does nothing, quickly, when all is there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,6 +10,7 @@ demo_packages=(git sqlite3)
 test_packages=(
     "${demo_packages[@]}" make e2fsprogs rsync fio stress-ng prometheus systemd attr acl strace libaio-dev sshfs openssh-sftp-server
 )
+bench_packages=("${test_packages[@]}" bindfs mergerfs unionfs-fuse rclone openssh-client openssh-server)
 optional_packages=() # tests that need one are skipped without it
 case $purpose in
     run | lint) debian=("${run_packages[@]}") ;;
@@ -18,11 +19,13 @@ case $purpose in
         debian=("${run_packages[@]}" "${test_packages[@]}")
         optional_packages=(chromium) # Ubuntu has it as a snap alone
         ;;
-    *) echo "usage: setup.sh run|demo|test|lint" >&2; exit 2 ;;
+    bench) debian=("${run_packages[@]}" "${bench_packages[@]}") ;;
+    *) echo "usage: setup.sh run|demo|test|bench|lint" >&2; exit 2 ;;
 esac
 case $purpose in
     run | demo) lock=requirements.lock ;;
     test | lint) lock=requirements-dev.lock ;;
+    bench) lock=requirements-bench.lock ;;
 esac
 
 say() { echo "setup: $*"; }
@@ -53,6 +56,8 @@ missing_packages() {
             acl) command -v setfacl ;;
             e2fsprogs) command -v mkfs.ext4 ;;
             chromium) command -v chromium || command -v chromium-browser ;;
+            openssh-client) command -v ssh ;;
+            openssh-server) test -x /usr/sbin/sshd ;;
             openssh-sftp-server) test -e /usr/lib/openssh/sftp-server ;;
             *) command -v "$package" ;;
         esac >/dev/null 2>&1 || echo "$package"
@@ -89,16 +94,18 @@ apt_install() {
     lists_are_new=yes
 }
 
-# Tests start Prometheus themselves: its service must neither start now nor at the next boot.
+# Tests start Prometheus themselves, and the benchmark its sshd: the service must neither start now nor at the next boot.
 install_without_service() {
-    local mask=/run/systemd/system/prometheus.service
+    local service=$1 mask=/run/systemd/system/$1.service
+    shift
     if [ -d /run/systemd/system ]; then
         as_root ln -sf /dev/null "$mask"
-        trap 'as_root rm -f /run/systemd/system/prometheus.service' EXIT
+        # shellcheck disable=SC2064  # the name as it is now
+        trap "as_root rm -f '$mask'" EXIT
     fi
     apt_install "$@"
-    as_root deb-systemd-helper disable prometheus.service >/dev/null 2>&1 || true
-    as_root update-rc.d prometheus disable >/dev/null 2>&1 || true
+    as_root deb-systemd-helper disable "$service.service" >/dev/null 2>&1 || true
+    as_root update-rc.d "$service" disable >/dev/null 2>&1 || true
     if [ -d /run/systemd/system ]; then
         as_root rm -f "$mask"
         trap - EXIT
@@ -107,11 +114,15 @@ install_without_service() {
 }
 
 install_debian() {
-    case " $* " in
-        "  ") ;;
-        *" prometheus "*) install_without_service "$@" ;;
-        *) apt_install "$@" ;;
-    esac
+    local package rest=()
+    for package in "$@"; do
+        case $package in
+            prometheus) install_without_service prometheus prometheus ;;
+            openssh-server) install_without_service ssh openssh-server ;;
+            *) rest+=("$package") ;;
+        esac
+    done
+    [ ${#rest[@]} = 0 ] || apt_install "${rest[@]}"
 }
 
 # What .venv holds: this directory, its Python and the versions of one lock.
