@@ -182,10 +182,11 @@ class Backing(ABC):
     def open_handle(self, handle: bytes, flags: int) -> int:
         """A descriptor of the inode that `file_handle` named; ESTALE if it is gone, EPERM without the right to ask."""
 
-    def lease(self, fd: int) -> bool:
+    def lease(self, fd: int, patience_seconds: float = 0.0) -> bool:
         """Lets nobody else open the file behind `fd` until `unlease`: they wait, or get EWOULDBLOCK; for a short time only.
 
-        False where that cannot be had: somebody else has the file open, it is not ours, or the store has nothing like it.
+        False where that cannot be had: somebody else has the file open, and still has after `patience_seconds`; it is not ours,
+        or the store has nothing like it. With patience it is for threads.
         """
         return False
 

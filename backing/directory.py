@@ -13,6 +13,7 @@ import os
 import signal
 import stat
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ AT_STATX_FORCE_SYNC, STATX_SIZE, STATX_BYTES, STX_SIZE_AT = 0x2000, 0x200, 256, 
 SYNC_FILE_RANGE_WRITE = 2
 UTIME_OMIT = (1 << 30) - 2
 MAX_HANDLE_BYTES = 128
+LEASE_PAUSE_SECONDS = 0.001  # the first pause for who has the file open; the next ones double
 
 # O_DIRECT would demand aligned buffers; O_APPEND would make pwritev ignore its offset.
 IGNORED_FLAGS = os.O_DIRECT | os.O_APPEND
@@ -225,15 +227,22 @@ class DirectoryBacking(Backing):
         ctypes.memmove(raw.data, data, len(data))
         return _checked(_libc.open_by_handle_at(self._top, ctypes.byref(raw), _opening(flags) & ~NEVER_ON_REOPEN))
 
-    def lease(self, fd: int) -> bool:
+    def lease(self, fd: int, patience_seconds: float = 0.0) -> bool:
         if self.blocking:
             return False
-        try:
-            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # that somebody waits: let it be; SIGIO would end us
-            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        except OSError:
-            return False
-        return True
+        give_up_at, pause_seconds = time.monotonic() + patience_seconds, LEASE_PAUSE_SECONDS
+        while True:
+            try:
+                fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # that somebody waits: let it be; SIGIO would end us
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+                return True
+            except BlockingIOError:
+                if time.monotonic() + pause_seconds > give_up_at:
+                    return False
+                time.sleep(pause_seconds)
+                pause_seconds *= 2
+            except OSError:
+                return False
 
     def unlease(self, fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)

@@ -77,8 +77,8 @@ class Wrapper(Backing):
     def open_stat(self, dirfd: int, name: bytes, flags: int, mode: int = 0) -> tuple[int, os.stat_result]:
         return self.around("open", self.inner.open_stat, (dirfd, name, flags, mode))
 
-    def lease(self, fd: int) -> bool:
-        return not self.blocking and self.inner.lease(fd)
+    def lease(self, fd: int, patience_seconds: float = 0.0) -> bool:
+        return not self.blocking and self.inner.lease(fd, patience_seconds)
 
     def unlease(self, fd: int) -> None:
         self.inner.unlease(fd)

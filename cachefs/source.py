@@ -14,6 +14,7 @@ from cachefs.inode import Inode, signature_of
 from cachefs.watchdog import GONE, getting_on
 
 READS_MAX = 3  # of a range that comes back short although the file goes on
+LEASE_PATIENCE_SECONDS = 0.03  # for somebody who has the file open in SOURCE: most are done by then
 CONFLICTS_IN_A_ROW = 3  # versions of others that are kept before a batch gives up and is tried again later
 START_SYNC_BYTES = 1 << 20  # extents from this size on go to the disk at once, or all of a long write would be left to fsync
 DEAD = GONE | {errno.EIO, errno.EBADF, errno.ESTALE}  # what descriptors of a lost connection give
@@ -211,7 +212,10 @@ class FileSource:
         unsure, known = inode.unsure, None if inode.unsure or inode.unlinked else inode.signature[:2]
         inode.unsure = True
         try:
-            written = await io.in_thread("write", write_extents, io.backing, fd, extents, inode.mtime_ns, known)
+            # A reader of our own beside the writer would be in the way of a lease as any other is.
+            patience_seconds = LEASE_PATIENCE_SECONDS if inode.reader in (-1, fd) else 0.0
+            arguments = (io.backing, fd, extents, inode.mtime_ns, known, patience_seconds)
+            written = await io.in_thread("write", write_extents, *arguments)
         except BaseException:  # refused, or given up before its turn: nothing was begun
             inode.unsure = unsure
             raise
@@ -244,13 +248,14 @@ class Written(NamedTuple):
 
 
 def write_extents(
-    backing: Backing, fd: int, extents: Extents, mtime_ns: int, known: tuple[int, int] | None
+    backing: Backing, fd: int, extents: Extents, mtime_ns: int, known: tuple[int, int] | None, patience_seconds: float
 ) -> Written:
     """Runs in the writeback thread. `known` are mtime and size that the backing should have; None: whatever it has.
 
-    Where it can, it lets nobody open the file meanwhile: what others write then could not be told from ours.
+    Where it can, it lets nobody open the file meanwhile: what others write then could not be told from ours. It waits for
+    `patience_seconds` for those who have it open.
     """
-    leased = backing.lease(fd)
+    leased = backing.lease(fd, patience_seconds)
     try:
         return _write_extents(backing, fd, extents, mtime_ns, known)
     finally:

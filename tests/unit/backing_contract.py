@@ -127,9 +127,16 @@ class BackingContract:
         refused(errno.EWOULDBLOCK, os.open, s.path / "file", os.O_WRONLY | os.O_NONBLOCK)
         assert s.backing.pwritev(fd, [b"DATA"], 0) == 4
         s.backing.unlease(fd)
-        other = s.keep(os.open(s.path / "file", os.O_RDONLY))
+        other = os.open(s.path / "file", os.O_RDONLY)
         assert os.read(other, 9) == b"DATA"
         assert not s.backing.lease(fd), "somebody has it open"
+        assert not s.backing.lease(fd, 0.01)
+        closing = threading.Thread(target=os.close, args=(os.dup(other),))
+        os.close(other)
+        closing.start()
+        assert s.backing.lease(fd, 10.0), "and soon has not"
+        closing.join()
+        s.backing.unlease(fd)
 
     def test_open_says_what_is_wrong_with_a_name(self, s: Store) -> None:
         s.file()
