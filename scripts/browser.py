@@ -7,12 +7,12 @@ import contextlib
 import fcntl
 import json
 import os
-import select
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from typing import Any
 
 PATIENCE_SECONDS = 30.0
@@ -93,7 +93,7 @@ class Browser:
 
     def _receive(self, deadline: float) -> dict[str, Any]:
         while b"\0" not in self._buffer:
-            if not select.select([self._reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not wait([self._reading], max(0.0, deadline - time.monotonic())):
                 raise TimeoutError("the browser does not answer")
             part = os.read(self._reading, 1 << 20)
             if not part:

@@ -6,13 +6,13 @@ import contextlib
 import json
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +87,7 @@ class Spawner:
     def ended(self, pid: int, wait_seconds: float = 0.0) -> bool:
         deadline = time.monotonic() + wait_seconds
         while pid not in self.statuses:
-            if not select.select([self._channel], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not wait([self._channel], max(0.0, deadline - time.monotonic())):
                 return False
             self._hear()
         return True
@@ -147,7 +147,7 @@ class Place:
         assert self._notify is not None
         deadline = time.monotonic() + DEADLINE_SECONDS
         while time.monotonic() < deadline:
-            if select.select([self._notify], [], [], 0.1)[0]:
+            if wait([self._notify], 0.1):
                 if b"READY=1" in self._notify.recv(4096):
                     self._deafen()
                     assert self.record()["pid"] == self.pid

@@ -4,12 +4,12 @@ import dataclasses
 import json
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -229,7 +229,7 @@ def test_a_killed_daemon_is_forgotten(cachefs: Cachefs) -> None:
     (record,) = state.daemons()
     process = os.pidfd_open(record.pid)
     os.kill(record.pid, signal.SIGKILL)
-    select.select([process], [], [], 30)
+    wait([process], 30)
     os.close(process)
     assert cachefs("serve", "status").stdout == "no cachefs is mounted\n"
     assert cachefs("serve", "mount", "source", "mountpoint").returncode == 0

@@ -72,6 +72,7 @@ class Served:
             self._ready.set()
             await self._done.wait()
             await trio.to_thread.run_sync(server.close)
+            self.scene.close()
             nursery.cancel_scope.cancel()
 
     def stop(self) -> None:

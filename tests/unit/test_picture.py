@@ -23,6 +23,7 @@ from cachefs.page import picture as picture_module
 from cachefs.page.picture import MOST_GONE, Frame, Picture
 from cachefs.picturecommands import PictureCommands
 from cachefs.stack import Stack
+from world import close_descriptors
 
 P = PAGE_SIZE
 STALL_SECONDS = 0.02
@@ -51,6 +52,10 @@ class Scene:
     async def strips(self) -> dict[str | None, list[Any]]:
         return {strip[1]: strip for strip in (json.loads(text) for _, text in (await self.frame()).strips)}
 
+    def close(self) -> None:
+        """Lets go of every descriptor."""
+        close_descriptors(self.stack.table, self.stack.io.backing)
+
     def fill(self, inode: Inode, page: int, count: int) -> None:
         """Makes pages clean without touching their memory."""
         assert inode.file is not None
@@ -63,7 +68,9 @@ def in_scene(tmp_path: Path, test: Callable[[Scene], Awaitable[None]]) -> None:
 
     async def run() -> None:
         async with trio.open_nursery() as nursery:
-            await test(Scene(source, nursery))
+            scene = Scene(source, nursery)
+            await test(scene)
+            scene.close()
             nursery.cancel_scope.cancel()
 
     trio.run(run)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import trio
+import trio.testing
 
+from backing.base import Backing
 from backing.directory import DirectoryBacking
 from backing.faulty import FaultyBacking
 from cachefs.backingio import BackingIO
@@ -140,10 +142,8 @@ class World:
         """Lets go of every descriptor; the nursery is the caller's to cancel."""
         for number in list(self.files.handles):
             await self.release(number)
-        for inode in self.table:
-            for fd in {inode.reader, inode.writer, inode.fd} - {-1}:
-                self.backing.close(fd)
-        self.backing.inner.shutdown()
+        await trio.testing.wait_all_tasks_blocked()  # far away, descriptors are closed by tasks
+        close_descriptors(self.table, self.backing)
         if self.keeper.journal is not None:
             self.keeper.journal.close()
 
@@ -155,6 +155,14 @@ class World:
         assert self.writeback.unwritten_pages <= self.writeback.limit_pages
         for inode in self.table:
             assert not inode.unwritten or inode in self.writeback.dirty, "writeback does not know of dirty pages"
+
+
+def close_descriptors(table: InodeTable, backing: Backing) -> None:
+    """Closes what a daemon leaves to its end."""
+    for inode in table:
+        for fd in {inode.reader, inode.writer, inode.fd} - {-1}:
+            backing.close(fd)
+    backing.shutdown()
 
 
 def content(cache: PageCache, file: CachedFile, fd: int) -> bytes:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,7 @@ def output_of_terminal(master: int, process: subprocess.Popen[Any]) -> str:
     seen = b""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while time.monotonic() < deadline:
-        if select.select([master], [], [], POLL_SECONDS)[0]:
+        if wait([master], POLL_SECONDS):
             try:
                 seen += os.read(master, 65536)
             except OSError:  # nobody has the other end open any more

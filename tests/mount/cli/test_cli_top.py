@@ -8,12 +8,12 @@ import json
 import os
 import pty
 import re
-import select
 import struct
 import subprocess
 import termios
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pyte
@@ -45,7 +45,7 @@ class Terminal:
         self.slave = slave
 
     def pump(self) -> None:
-        while select.select([self.master], [], [], 0)[0]:
+        while wait([self.master], 0):
             with contextlib.suppress(OSError):
                 part = os.read(self.master, 1 << 16)
                 self.received += part

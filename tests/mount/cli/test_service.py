@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import select
 import shlex
 import signal
 import socket
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,7 @@ class Service:
 
     def listen(self, deadline: float) -> bool:
         """Takes the next message; False when the time is over."""
-        if not select.select([self._socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if not wait([self._socket], max(0.0, deadline - time.monotonic())):
             return False
         self.heard += self._socket.recv(4096).decode() + "\n"
         return True
