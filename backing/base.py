@@ -14,13 +14,21 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
+
+
+class Entry(NamedTuple):
+    """A name in a directory, with what the store tells of it for nothing."""
+
+    name: bytes
+    number: int  # st_ino
+    kind: int  # S_IFREG, S_IFDIR or S_IFLNK; 0 for what is another one, or not known
 
 
 class Backing(ABC):
@@ -71,7 +79,7 @@ class Backing(ABC):
         """The size of an open file as the store itself tells it now, whatever of that is remembered on the way."""
 
     @abstractmethod
-    def listdir(self, dirfd: int) -> list[bytes]:
+    def listdir(self, dirfd: int) -> list[Entry]:
         """Every name in the directory but "." and "..", in the store's order."""
 
     @abstractmethod

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from backing.base import Backing
+from backing.base import Backing, Entry
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -125,9 +125,10 @@ class DirectoryBacking(Backing):
     def redirect(self, fd: int, to: int) -> None:
         os.dup2(to, fd, inheritable=False)
 
-    def listdir(self, dirfd: int) -> list[bytes]:
+    def listdir(self, dirfd: int) -> list[Entry]:
         # By path, not descriptor: callers that share `dirfd` do not share a position then, and names come as bytes.
-        return os.listdir(_path(dirfd).encode())
+        with os.scandir(_path(dirfd).encode()) as entries:
+            return [Entry(entry.name, entry.inode(), _kind(entry)) for entry in entries]
 
     def readlink(self, fd: int) -> bytes:
         return os.readlink(b"", dir_fd=fd)
@@ -259,6 +260,15 @@ class DirectoryBacking(Backing):
             return _name_to_handle(self._top)[1]
         except OSError:
             return -1
+
+
+def _kind(entry: os.DirEntry[bytes]) -> int:
+    """As `Entry.kind`; no call, unless the file system keeps no kinds with its names."""
+    if entry.is_file(follow_symlinks=False):
+        return stat.S_IFREG
+    if entry.is_dir(follow_symlinks=False):
+        return stat.S_IFDIR
+    return stat.S_IFLNK if entry.is_symlink() else 0
 
 
 def _opening(flags: int) -> int:

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import stat
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,12 +16,12 @@ from typing import Protocol
 
 import trio
 
-from backing.base import RENAME_EXCHANGE
+from backing.base import RENAME_EXCHANGE, Entry
 from cachefs.backingio import BackingIO
 from cachefs.descriptors import Descriptors
-from cachefs.files import Files, Opened
+from cachefs.files import CLOCK_AHEAD_NS, Files, Opened
 from cachefs.handle import DirectoryHandle
-from cachefs.inode import NO_XATTRS, Inode, InodeTable
+from cachefs.inode import NO_XATTRS, Inode, InodeTable, Listed
 from cachefs.writeback import Writeback
 
 STATS_AT_ONCE = 32  # entries of a far away directory that are looked at side by side
@@ -429,23 +430,47 @@ class FileSystem:
 
     # --- directories ---------------------------------------------------------------------------------------------------
 
-    def opendir(self, inode: Inode) -> int:
+    def opendir(self, inode: Inode, pid: int = 0) -> int:
+        """A handle. What is sent over it the kernel may keep, unless it is sent another listing at the same time."""
         inode.opens += 1
         self._last_directory += 1
-        self.directories[self._last_directory] = DirectoryHandle(inode)
+        self.directories[self._last_directory] = DirectoryHandle(inode, pid, inode.opens == 1)
         return self._last_directory
+
+    async def is_listed(self, inode: Inode, with_attributes: bool) -> bool:
+        """Whether the kernel's listing is as the directory is now, and has attributes that it may believe if they are wanted."""
+        listed = inode.listed
+        if listed is None:
+            return False
+        recent = trio.current_time() - listed.read_at < self.files.ttl_seconds
+        if with_attributes and not (recent and listed.with_attributes):
+            return False
+        if self.backing.blocking:
+            return recent
+        st = await self.descriptors.at("stat", inode, self.backing.fstat)
+        return (st.st_mtime_ns, st.st_ctime_ns) == (listed.mtime_ns, listed.ctime_ns)
 
     def releasedir(self, number: int) -> None:
         inode = self.directories.pop(number).inode
         inode.opens -= 1
         self.drop(inode)
 
-    async def names(self, number: int, start: int) -> Sequence[bytes]:
+    async def listing(self, number: int, start: int) -> Sequence[Entry]:
         """The listing of an open directory, without "." and "..": read anew when reading starts at 0, else as it was."""
         handle = self.directories[number]
-        if handle.names is None or start == 0:
-            handle.names = await self.descriptors.at("readdir", handle.inode, self.backing.listdir)
-        return handle.names
+        if handle.listing is not None and start:
+            return handle.listing
+        inode, read_at = handle.inode, trio.current_time()
+        st, listing = await self.descriptors.at("readdir", inode, self._list)
+        handle.listing = listing
+        if handle.kept:
+            may_change_unseen = st.st_ctime_ns > time.time_ns() - CLOCK_AHEAD_NS  # within a tick of the clock of its times
+            inode.listed = None if may_change_unseen else Listed(st.st_mtime_ns, st.st_ctime_ns, read_at)
+        return listing
+
+    def _list(self, dirfd: int) -> tuple[os.stat_result, list[Entry]]:
+        """The state is that before: what changes meanwhile makes the listing one of a state that is over."""
+        return self.backing.fstat(dirfd), self.backing.listdir(dirfd)
 
     async def entries(self, number: int, names: Sequence[bytes]) -> list[Inode | None]:
         """The inodes of some names of an open directory, each with one more lookup; None for those that are gone."""

@@ -1,7 +1,9 @@
 """Open files and directories: what belongs to one open(2) and not to the inode."""
 
 import os
+from collections.abc import Sequence
 
+from backing.base import Entry
 from cachefs.cache.account import Account
 from cachefs.cache.readahead import Readahead
 from cachefs.inode import Inode
@@ -25,10 +27,12 @@ class Handle:
 
 
 class DirectoryHandle:
-    """An open directory. `names` is the listing that offsets count in: taken at the start, so that it never shifts."""
+    """An open directory. `listing` is what offsets count in: taken at the start, so that it never shifts."""
 
-    __slots__ = ("inode", "names")
+    __slots__ = ("inode", "kept", "listing", "pid")
 
-    def __init__(self, inode: Inode) -> None:
+    def __init__(self, inode: Inode, pid: int, kept: bool) -> None:
         self.inode = inode
-        self.names: list[bytes] | None = None
+        self.pid = pid  # of the program, 0 = unknown
+        self.kept = kept  # whether the kernel may keep what is sent
+        self.listing: Sequence[Entry] | None = None

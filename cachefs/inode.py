@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-import trio
-
 from cachefs.cache.file import CachedFile
 from cachefs.journal.journal import JournalFile
+from cachefs.lock import Lock
 
 ROOT_NODE = 1
 PATHS_MOST = 8  # of the names of a file with many hard links
@@ -53,7 +52,7 @@ class Inode:
     __slots__ = (
         "_lock", "advice", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "done", "doubtful",
         "durable", "epoch", "error_count", "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "kept", "key",
-        "lookups", "losing", "mtime_ns", "names", "node", "noticed", "opens", "reader", "retry_at", "retry_seconds",
+        "listed", "lookups", "losing", "mtime_ns", "names", "node", "noticed", "opens", "reader", "retry_at", "retry_seconds",
         "signature", "st", "target", "tries", "unlinked", "unsure", "writer", "xattrs",
     )  # fmt: skip
 
@@ -85,18 +84,19 @@ class Inode:
         self.journaled: JournalFile | None = None  # its unwritten pages in the journal
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
         self.tries = 0  # failures of writeback since it last succeeded
-        self._lock: trio.Lock | None = None
+        self._lock: Lock | None = None
         self.unlinked = False  # its last name is gone, by our doing
         self.losing = 0  # unlinks and renames of ours under way that may take its last name
         self.done, self.durable = 1, 0  # changes of ours that the backing has, and how many of them are durable there
+        self.listed: Listed | None = None  # of a directory, while the kernel may have its listing
         self.target: bytes | None = None  # of a symbolic link, once asked for; it never changes
         self.xattrs = NO_XATTRS  # what checking a path needs: values, or the errno that says why there is none
 
     @property
-    def lock(self) -> trio.Lock:
+    def lock(self) -> Lock:
         """Held by truncate, writeback and whatever sets times or mode: one at a time. Most inodes never need one."""
         if self._lock is None:
-            self._lock = trio.Lock()
+            self._lock = Lock()
         return self._lock
 
     @property
@@ -135,6 +135,16 @@ class Inode:
             ctime_ns = shown if theirs == st.st_ctime_ns else max(shown, st.st_ctime_ns)
             return Attributes(st, file.size, self.mtime_ns, ctime_ns)
         return Attributes(st, file.size, st.st_mtime_ns, shown if theirs == st.st_ctime_ns else st.st_ctime_ns)
+
+
+@dataclass(slots=True)
+class Listed:
+    """A listing that the kernel was let keep: of which state of the directory, and when it was read, with attributes or not."""
+
+    mtime_ns: int
+    ctime_ns: int
+    read_at: float
+    with_attributes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

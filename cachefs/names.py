@@ -73,13 +73,13 @@ async def files_below(fs: FileSystem, path: bytes) -> dict[bytes, int]:
 
 async def _entries(fs: FileSystem, directory: Inode) -> list[tuple[bytes, Inode]]:
     """The names in a directory and what they are, looked at side by side; each inode is the caller's to drop at once."""
-    names = iter(await fs.descriptors.at("readdir", directory, fs.backing.listdir))
+    entries = iter(await fs.descriptors.at("readdir", directory, fs.backing.listdir))
     found: list[tuple[bytes, Inode]] = []
 
     async def worker() -> None:
-        for name in names:
+        for entry in entries:
             with contextlib.suppress(OSError):
-                found.append((name, await fs.find(directory, name)))
+                found.append((entry.name, await fs.find(directory, entry.name)))
 
     async with trio.open_nursery() as nursery:
         for _ in range(STATS_AT_ONCE if fs.backing.blocking else 1):

@@ -3,14 +3,17 @@
 import errno
 import os
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from pyfuse3 import FUSEError
 
+from backing.base import Entry
 from cachefs.files import Opened
+from cachefs.handle import DirectoryHandle
 from cachefs.inode import Inode
 from cachefs.transport import wire
+from cachefs.transport.lookers import Lookers
 from cachefs.transport.operations import Operations, blocks_of
 from cachefs.transport.wire import Request
 
@@ -35,9 +38,22 @@ class Listing:
         self.parts.append(entry)
         return True
 
+    def add_names(self, entries: Iterable[Entry], next_offset: int) -> int:
+        """Adds as many as there is room for, without attributes; how many that are."""
+        count = 0
+        for entry in entries:
+            if not self.add(wire.name_alone(entry, next_offset + count)):
+                break
+            count += 1
+        return count
+
 
 class WireOperations(Operations):
     """The handlers of `Operations`, with answers as the kernel reads them in the place of pyfuse3's objects."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.lookers = Lookers()
 
     def _entry(self, inode: Inode) -> Any:
         seen = inode.attributes()
@@ -50,6 +66,7 @@ class WireOperations(Operations):
     def _info(self, opened: Opened) -> Any:
         flags = wire.OPEN_DIRECT_IO if self.kernel_cache == "off" else 0
         flags |= wire.OPEN_KEEP_CACHE if self.kernel_cache == "keep" and opened.unchanged else 0
+        flags |= 0 if self.files.handles[opened.number].writable else wire.OPEN_NOFLUSH  # there is nothing to report
         return wire.OPENED.pack(opened.number, flags, 0)
 
     def _statfs(self, st: os.statvfs_result) -> Any:
@@ -58,6 +75,38 @@ class WireOperations(Operations):
     def _add(self, token: Any, name: bytes, entry: Any, next_offset: int) -> bool:
         listing: Listing = token
         return listing.add(wire.direntplus(name, entry, next_offset))
+
+    def _add_names(self, fh: Any, token: Any, listing: Sequence[Entry], start: int) -> bool:
+        handle, answer = self.fs.directories[fh], token
+        wanted, listed = self._wants_attributes(handle.pid), handle.inode.listed
+        if listed is not None and handle.kept:
+            listed.with_attributes = wanted and (start <= 2 or listed.with_attributes)
+        if not wanted:
+            sent = answer.add_names(listing[start - 2 :], start + 1)
+            self.lookers.listed(handle.pid, handle.inode.node, sent)
+        return not wanted
+
+    def _wants_attributes(self, pid: int) -> bool:
+        """Far away they are always sent along: to be asked for one by one would cost a trip each."""
+        return self.fs.backing.blocking or self.lookers.wants(pid)
+
+    async def directory_info(self, number: int) -> bytes:
+        """The answer to OPENDIR: what the kernel has of the listing goes, unless it is good, and is kept from now on.
+
+        Over one handle at a time: of two that read the directory in different states it would make one listing.
+        """
+        handle = self.fs.directories[number]
+        flags = wire.OPEN_KEEP_CACHE | (wire.OPEN_CACHE_DIR if handle.kept else 0)
+        if handle.kept and not await self._is_listed(handle):
+            handle.inode.listed = None
+            flags &= ~wire.OPEN_KEEP_CACHE
+        return wire.OPENED.pack(number, flags, 0)
+
+    async def _is_listed(self, handle: DirectoryHandle) -> bool:
+        try:
+            return await self.fs.is_listed(handle.inode, self._wants_attributes(handle.pid))
+        except OSError:  # whoever reads the directory will hear of it
+            return False
 
 
 class Dispatch:
@@ -82,7 +131,10 @@ class Dispatch:
     # --- inodes --------------------------------------------------------------------------------------------------------
 
     async def lookup(self, request: Request) -> Answer:
-        return await self.operations.lookup(request.node, request.name(), request)
+        found = await self.operations.lookup(request.node, request.name(), request)
+        if wire.mode_of(found) and not stat.S_ISDIR(wire.mode_of(found)):  # into directories go those too that want names alone
+            self.operations.lookers.looked(request.pid, request.node)
+        return found
 
     async def forget(self, request: Request) -> None:
         await self.operations.forget(wire.forget_in(request))
@@ -177,7 +229,7 @@ class Dispatch:
     # --- directories ---------------------------------------------------------------------------------------------------
 
     async def opendir(self, request: Request) -> Answer:
-        return wire.OPENED.pack(await self.operations.opendir(request.node, request), 0, 0)
+        return await self.operations.directory_info(await self.operations.opendir(request.node, request))
 
     async def readdirplus(self, request: Request) -> Answer:
         handle, start, size = wire.transfer_in(request.body)

@@ -14,6 +14,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FlagT, FUSEError, InodeT, ModeT, RequestContext, SetattrFields
 
+from backing.base import Entry
 from cachefs.files import Files, Opened
 from cachefs.fs import STATS_AT_ONCE, Caller, Changes, FileSystem
 from cachefs.inode import Attributes, Inode
@@ -156,8 +157,6 @@ class Operations(pyfuse3.Operations):
             found = await self.ask(self.fs.lookup, inode, name, memory=lambda: known(inode, name), undo=self.fs.unlook)
             return self._entry(found)
         except FileNotFoundError:
-            if not self.fs.backing.blocking:
-                raise
             return self._nothing()
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
@@ -238,18 +237,20 @@ class Operations(pyfuse3.Operations):
 
     @request
     async def opendir(self, node: InodeT, ctx: RequestContext) -> FileHandleT:
-        return FileHandleT(self.fs.opendir(self._inode(node)))
+        return FileHandleT(self.fs.opendir(self._inode(node), ctx.pid))
 
     @request
     async def readdir(self, fh: FileHandleT, start: int, token: pyfuse3.ReaddirToken) -> None:
-        names = await self.ask(self.fs.names, fh, start)
+        listing = await self.ask(self.fs.listing, fh, start)
         while start < 2:  # the kernel takes no lookup count for these two
             inode = self.fs.directories[fh].inode
             if not self._add(token, (b".", b"..")[start], self._entry(inode), start + 1):
                 return
             start += 1
-        while start - 2 < len(names):
-            some = names[start - 2 : start - 2 + STATS_AT_ONCE]
+        if self._add_names(fh, token, listing, start):
+            return
+        while start - 2 < len(listing):
+            some = [entry.name for entry in listing[start - 2 : start - 2 + STATS_AT_ONCE]]
             found = await self._entries(fh, some)
             for i, entry in enumerate(found):
                 start += 1
@@ -257,6 +258,10 @@ class Operations(pyfuse3.Operations):
                     for unsent in filter(None, found[i:]):
                         self.fs.forget(unsent.node, 1)
                     return
+
+    def _add_names(self, fh: FileHandleT, token: pyfuse3.ReaddirToken, listing: Sequence[Entry], start: int) -> bool:
+        """Adds names without attributes if these are not wanted; pyfuse3 can add none."""
+        return False
 
     def _add(self, token: pyfuse3.ReaddirToken, name: bytes, entry: EntryAttributes, next_offset: int) -> bool:
         """Whether there was room for it."""

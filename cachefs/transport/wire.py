@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
+from backing.base import Entry
 from cachefs.inode import Attributes
 
 LOOKUP, FORGET, GETATTR, SETATTR, READLINK, SYMLINK, MKNOD, MKDIR, UNLINK = 1, 2, 3, 4, 5, 6, 8, 9, 10
@@ -25,19 +26,21 @@ WRITE_DATA: Final = 40  # where the data of a WRITE begins in its body
 OUT_HEADER: Final = Struct("=IiQ")  # length, -errno, unique
 ENTRY: Final = Struct("=QQQQII")  # node, generation, seconds and nanoseconds that the name and the attributes are good for
 ATTR: Final = Struct("=QQQqqqIIIIIIIIII")
+MODE_AT: Final = 60  # in ATTR
 ATTR_VALID: Final = Struct("=QII")
 OPENED: Final = Struct("=QIi")
 WRITTEN: Final = Struct("=II")
 XATTR_SIZE: Final = Struct("=II")
 STATFS_OUT: Final = Struct("=QQQQQIIII24x")
 DIRENT: Final = Struct("=QQII")
+PADDING: Final = [bytes(-length % 8) for length in range(8)]  # by the length of a name, DIRENT being 24 bytes long
 
 _MKNOD, _MKDIR, _CREATE, _RENAME2, _OPEN = Struct("=IIII"), Struct("=II"), Struct("=IIII"), Struct("=QII"), Struct("=II")
 _SETATTR = Struct("=IIQQQqqqIIIIIIII")
 _U64, _U32, _TWO_U64, _TWO_U32 = Struct("=Q"), Struct("=I"), Struct("=QQ"), Struct("=II")
 _FSYNC, _TRANSFER = Struct("=QI"), Struct("=QQI")
 
-OPEN_DIRECT_IO, OPEN_KEEP_CACHE = 1, 2
+OPEN_DIRECT_IO, OPEN_KEEP_CACHE, OPEN_CACHE_DIR, OPEN_NOFLUSH = 1, 2, 8, 32
 FSYNC_DATASYNC = 1
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = (1 << bit for bit in range(6))
 NOTIFY_INVAL_INODE, NOTIFY_INVAL_ENTRY = 2, 3
@@ -248,11 +251,25 @@ def attr_out(found: bytes) -> bytes:
     return ATTR_VALID.pack(attr_s, attr_ns, 0) + found[ENTRY.size :]
 
 
+def mode_of(found: bytes) -> int:
+    """The mode in an `entry`, 0 where there is no such name."""
+    mode: int = _U32.unpack_from(found, ENTRY.size + MODE_AT)[0]
+    return mode
+
+
 def direntplus(name: bytes, found: bytes, next_offset: int) -> bytes:
     """One name of a directory with its `entry`; reading goes on at `next_offset` behind it."""
-    node, mode = _U64.unpack_from(found, ENTRY.size)[0], _U32.unpack_from(found, ENTRY.size + 60)[0]
-    size = DIRENT.size + len(name)
-    return found + DIRENT.pack(node, next_offset, len(name), mode >> 12 & 15) + name + bytes(-size % 8)
+    node, kind = _U64.unpack_from(found, ENTRY.size)[0], mode_of(found) >> 12
+    return found + DIRENT.pack(node, next_offset, len(name), kind) + name + PADDING[len(name) % 8]
+
+
+NO_ENTRY: Final = bytes(ENTRY.size + ATTR.size)  # node 0: no attributes are told, and no lookup is counted
+
+
+def name_alone(entry: Entry, next_offset: int) -> bytes:
+    """One name of a directory with its kind alone."""
+    name = entry.name
+    return NO_ENTRY + DIRENT.pack(entry.number, next_offset, len(name), entry.kind >> 12) + name + PADDING[len(name) % 8]
 
 
 def statfs_out(st: os.statvfs_result) -> bytes:

@@ -75,7 +75,7 @@ def test_a_directory_is_not_blocking_unless_told_so(tmp_path: Path) -> None:
 def test_the_directory_stays_the_same_when_its_name_moves(inner: DirectoryBacking, tmp_path: Path) -> None:
     (tmp_path / "source").rename(tmp_path / "moved")
     root = inner.open_root()
-    assert inner.listdir(root) == [b"file"]
+    assert [entry.name for entry in inner.listdir(root)] == [b"file"]
     inner.close(root)
 
 

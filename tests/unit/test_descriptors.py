@@ -32,7 +32,7 @@ class World:
         return inode
 
     async def listing(self, inode: Inode) -> list[bytes]:
-        return await self.descriptors.at("readdir", inode, self.backing.listdir)
+        return [entry.name for entry in await self.descriptors.at("readdir", inode, self.backing.listdir)]
 
 
 def in_world(path: Path, main: Callable[[World], Awaitable[None]]) -> None:

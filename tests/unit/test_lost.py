@@ -264,7 +264,7 @@ async def test_a_directory_that_hangs_has_no_lookups_left_over(world: World) -> 
     for i in range(20):
         entry(world.top / str(i))
     number = world.fs.opendir(world.table.root)
-    names = await world.fs.names(number, 0)
+    names = [listed.name for listed in await world.fs.listing(number, 0)]
     world.backing.set_plan([{"op": "stat", "hang": True, "after": 10}])
     with refused():
         await world.io.ask(world.fs.entries, number, names, undo=world.fs.unlook_all)

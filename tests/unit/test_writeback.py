@@ -459,14 +459,12 @@ async def test_regression_a_throttled_writer_wakes_when_dirty_pages_are_dropped(
     async with stack(limit=64, background=32, expire=1000) as it:
         inode, _ = it.file()
         it.write(inode, 0, b"a" * 64 * P)
-        await inode.lock.acquire()  # a truncate that waits for the backing
         with trio.fail_after(10):
-            async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as nursery, inode.lock:  # a truncate that waits for the backing
                 nursery.start_soon(it.writeback.throttle, 8 * P)
                 await wait_all_tasks_blocked()
                 assert inode.file is not None
                 it.cache.truncate(inode.file, 0)
-                inode.lock.release()
 
 
 @run
