@@ -193,12 +193,7 @@ class FileSystem:
             if changes.mode is not None:
                 await self._chmod(inode, changes.mode)
             if changes.atime_ns is not None or changes.mtime_ns is not None:
-                times = (("st_atime_ns", changes.atime_ns), ("st_mtime_ns", changes.mtime_ns))
-                known = {name: time_ns for name, time_ns in times if time_ns is not None}
-                await self._change(inode, "utime", self.backing.utime, changes.atime_ns, changes.mtime_ns, **known)
-                if changes.mtime_ns is not None:
-                    inode.mtime_ns = changes.mtime_ns
-                    self.files.keeper.changed(inode)
+                await self._set_times(inode, changes.atime_ns, changes.mtime_ns)
         if changes.size is not None and uid and inode.st.st_mode & SET_ID:
             await self.files.kill_set_id(inode, gids)
 
@@ -209,17 +204,28 @@ class FileSystem:
         mode = stat.S_IMODE(mode)
         await self._change(inode, "chmod", self.backing.chmod, mode, st_mode=stat.S_IFMT(inode.st.st_mode) | mode)
 
-    async def _change(self, inode: Inode, op: str, method: Callable[..., None], *args: object, **known: int) -> None:
-        """A change to the inode itself, under `inode.lock`; what it does to the backing's ctime is ours.
+    async def _set_times(self, inode: Inode, atime_ns: int | None, mtime_ns: int | None) -> None:
+        await self.files.notice_locked(inode)
+        self.files.keeper.touching(inode, mtime_ns)
+        try:
+            await self.descriptors.at("utime", inode, self.backing.utime, atime_ns, mtime_ns)
+        except OSError:
+            self.files.keeper.changed(inode)  # it is as it was
+            raise
+        if mtime_ns is not None:
+            inode.mtime_ns = mtime_ns
+        times = (("st_atime_ns", atime_ns), ("st_mtime_ns", mtime_ns))
+        await self._changed(inode, True, {name: time_ns for name, time_ns in times if time_ns is not None})
 
-        `known` as in `Files.readopt`.
-        """
-        if op == "utime":
-            await self.files.notice_locked(inode)
-            self.files.keeper.touching(inode)
+    async def _change(self, inode: Inode, op: str, method: Callable[..., None], *args: object, **known: int) -> None:
+        """A change to the inode itself, under `inode.lock`, but not of contents or times; `known` as in `Files.readopt`."""
         await self.descriptors.at(op, inode, method, *args)
+        await self._changed(inode, False, known)
+
+    async def _changed(self, inode: Inode, contents: bool, known: dict[str, int]) -> None:
+        """What a change has done to the backing's ctime is ours."""
         inode.xattrs = NO_XATTRS
-        await self.files.readopt(inode, contents=op == "utime", **known)
+        await self.files.readopt(inode, contents, **known)
         inode.ctime_shown = (inode.ctime_shown[0], inode.st.st_ctime_ns)
 
     # --- making --------------------------------------------------------------------------------------------------------

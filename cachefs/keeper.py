@@ -245,20 +245,35 @@ class Keeper:
             self._remove(journal, inode, kept, [], journal.seq)  # has the record say so
 
     def changed(self, inode: Inode) -> None:
-        """Its times, or the backing's, are others now, by a change of ours."""
+        """Its times, or the backing's, are others now, by a change of ours.
+
+        What programs see of it is written down at once. The rest may follow: without it the backing's file counts as one
+        that a change of ours may have made another.
+        """
         kept = inode.journaled
         if self.journal is not None and kept is not None:
+            seen = kept.record.mtime_ns != inode.mtime_ns
             kept.record.mtime_ns = inode.mtime_ns
             kept.record.signature = inode.signature
             kept.record.cutting = False
-            self._note(self.journal, kept)
+            if seen:
+                self._note(self.journal, kept)
+            else:
+                self.journal.note_later(kept)
 
-    def touching(self, inode: Inode) -> None:
-        """Its times are about to be set: if we end half way, that is not somebody else's doing."""
+    def touching(self, inode: Inode, mtime_ns: int | None = None) -> None:
+        """Its times are about to be set, maybe its mtime: if we end half way, that is not somebody else's doing."""
         kept = inode.journaled
         if self.journal is not None and kept is not None:
             kept.record.cutting = True
+            kept.record.mtime_ns = kept.record.mtime_ns if mtime_ns is None else mtime_ns
             self._note(self.journal, kept)
+
+    def settle(self) -> None:
+        """Writes down what was to follow, if nothing has come that it could go along with."""
+        if self.journal is not None:
+            with self._tolerating():
+                self.journal.settle()
 
     def rebound(self, inode: Inode) -> None:
         """It is another file of the backing from now on, with the contents that it had."""

@@ -219,6 +219,7 @@ class Mount:
     async def _retire(self) -> None:
         while True:
             await trio.sleep(RETIRE_SECONDS)
+            self.stack.keeper.settle()
             if not self.stack.io.watchdog.lost:
                 await self.stack.keeper.retire()
 

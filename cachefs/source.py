@@ -4,8 +4,9 @@ import contextlib
 import errno
 import os
 import stat
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from backing.base import Backing
 from cachefs.backingio import BackingIO, write_fully
@@ -16,6 +17,8 @@ from cachefs.watchdog import GONE, getting_on
 READS_MAX = 3  # of a range that comes back short although the file goes on
 LEASE_PATIENCE_SECONDS = 0.03  # for somebody who has the file open in SOURCE: most are done by then
 CONFLICTS_IN_A_ROW = 3  # versions of others that are kept before a batch gives up and is tried again later
+AT_ONCE_BYTES, AT_ONCE_EXTENTS = 64 << 10, 16  # a batch of no more goes to a local file with no thread, which would cost more
+SLOW_SECONDS, CAREFUL_SECONDS = 0.002, 1.0  # once that took long, all go to threads for a while: hits are not to wait for a disk
 START_SYNC_BYTES = 1 << 20  # extents from this size on go to the disk at once, or all of a long write would be left to fsync
 DEAD = GONE | {errno.EIO, errno.EBADF, errno.ESTALE}  # what descriptors of a lost connection give
 
@@ -38,6 +41,19 @@ class DataDescriptors:
         self.keep_theirs: Callable[[Inode], Awaitable[object]]
         self.keep_ours: Callable[[Inode], Awaitable[object]]
         self.count = 0
+        self.at_once_bytes = AT_ONCE_BYTES
+        self._careful_until = 0.0
+
+    def writes_at_once(self, extents: Extents) -> bool:
+        """Whether a batch is written in the trio thread, as other changes of a local file are."""
+        if self.io.backing.blocking or len(extents) > AT_ONCE_EXTENTS or time.perf_counter() < self._careful_until:
+            return False
+        return sum(len(buffer) for _, buffers in extents for buffer in buffers) <= self.at_once_bytes
+
+    def took(self, seconds: float) -> None:
+        """How long such a batch was under way."""
+        if seconds > SLOW_SECONDS:
+            self._careful_until = time.perf_counter() + CAREFUL_SECONDS
 
     async def reader(self, inode: Inode) -> int:
         if inode.reader < 0:
@@ -214,8 +230,10 @@ class FileSource:
         try:
             # A reader of our own beside the writer would be in the way of a lease as any other is.
             patience_seconds = LEASE_PATIENCE_SECONDS if inode.reader in (-1, fd) else 0.0
-            arguments = (io.backing, fd, extents, inode.mtime_ns, known, patience_seconds)
-            written = await io.in_thread("write", write_extents, *arguments)
+            arguments = (io.backing, fd, extents, inode.mtime_ns, known)
+            written = await self._write_now(arguments) if self.data.writes_at_once(extents) else None
+            if written is None:
+                written = await io.in_thread("write", write_extents, *arguments, patience_seconds)
         except BaseException:  # refused, or given up before its turn: nothing was begun
             inode.unsure = unsure
             raise
@@ -234,6 +252,14 @@ class FileSource:
         inode.st = st
         inode.epoch += 1
         return written
+
+
+    async def _write_now(self, arguments: tuple[Any, ...]) -> "Written | None":
+        start = time.perf_counter()
+        try:
+            return await self.data.io.call("write", write_unshared, *arguments)
+        finally:
+            self.data.took(time.perf_counter() - start)
 
 
 class Written(NamedTuple):
@@ -261,6 +287,18 @@ def write_extents(
     finally:
         if leased:
             backing.unlease(fd)
+
+
+def write_unshared(
+    backing: Backing, fd: int, extents: Extents, mtime_ns: int, known: tuple[int, int] | None
+) -> Written | None:
+    """The same with no thread and no waiting; None, and nothing done, where somebody else has the file open."""
+    if not backing.lease(fd):
+        return None
+    try:
+        return _write_extents(backing, fd, extents, mtime_ns, known)
+    finally:
+        backing.unlease(fd)
 
 
 def _write_extents(

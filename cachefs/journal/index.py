@@ -7,7 +7,7 @@ these pages in any order); the index in which fsync keeps its records is opened 
 
 import errno
 import os
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from cachefs.journal.slots import JournalFull
 
 VERSION = 1
 AHEAD_BYTES = 4 << 20  # room on the disk that is reserved beyond what is in use
+ROWS_AHEAD = 32  # changed rows that surely find room in that: 128 KiB each, copies and the longest paths included
 ROOM_FOR_SLOT_BYTES = 400  # of the index for each slot: a record, its share of the tree, and copies that LMDB makes
 SMALLEST_MAP_BYTES = 16 << 20
 
@@ -39,7 +40,7 @@ class Index:
                 path, map_size=map_bytes, subdir=False, lock=False, max_dbs=3, mode=0o600,
                 writemap=not durable, sync=durable, metasync=durable,
             )  # fmt: skip
-            self._reserved_bytes = 0
+            self._reserved_bytes = self._unlooked = 0
             self._fd = -1 if durable else os.open(path, os.O_RDWR | os.O_CLOEXEC)
             self._map_bytes = map_bytes
             self._reserve()
@@ -53,9 +54,11 @@ class Index:
             keys = [bytes(key) for key in transaction.cursor(self.files).iternext(values=False)]
         return [(self.files, key) for key in keys if int.from_bytes(key, "big") not in files]
 
-    def commit(self, puts: Iterable[Row] = (), deletes: Iterable[Key] = ()) -> None:
+    def commit(self, puts: Sequence[Row] = (), deletes: Sequence[Key] = ()) -> None:
         """One transaction: all of it, or nothing."""
-        self._reserve()
+        self._unlooked += len(puts) + len(deletes)
+        if self._unlooked > ROWS_AHEAD:
+            self._reserve()
         try:
             with self.env.begin(write=True) as transaction:
                 for table, key, value in puts:
@@ -69,6 +72,7 @@ class Index:
         """Has the disk set room aside: a store into a mapped page that the disk cannot hold would kill the process."""
         if self._fd < 0:
             return  # written with calls that report a full disk
+        self._unlooked = 0
         in_use_bytes = (self.env.info()["last_pgno"] + 1) * 4096
         wanted_bytes = min(in_use_bytes + 2 * AHEAD_BYTES, self._map_bytes)
         if in_use_bytes + AHEAD_BYTES > self._reserved_bytes and self._reserved_bytes < wanted_bytes:

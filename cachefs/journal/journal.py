@@ -76,6 +76,7 @@ class Journal:
         self.seq = 0  # of the last record
         self._last_file = 0
         self._undeleted: list[Key] = []  # rows that the index was to lose when it could not be written
+        self._unnoted: dict[JournalFile, None] = {}  # with records that go along with the next ones
         path = os.path.join(directory, INDEX_FILE)
         being_made = path + ".new" if anew else path
         if anew:
@@ -148,8 +149,7 @@ class Journal:
     def _begin(self, file: JournalFile) -> None:
         self.seq += 1
         file.record.seq = self.seq
-        file.tail = file.record.tail()  # it may have got another name while it had no pages
-        self.index.commit(self._file_row(file))
+        self._commit(self._noted_row(file))  # it may have got another name while it had no pages
         self.files[file.record.file] = file
 
     def _reserve(self, slots: int) -> None:
@@ -196,52 +196,68 @@ class Journal:
 
     def note(self, file: JournalFile) -> None:
         """Writes down the file's record, which the caller has changed; nothing for a file without pages here."""
+        self.note_later(file)
+        self.settle()
+
+    def note_later(self, file: JournalFile) -> None:
+        """The same of a change that the file is safe without: it goes along with the next record of any file, or `settle`."""
         if file.cover:
             self.seq += 1
             file.record.seq = self.seq
-            file.tail = file.record.tail()
-            self.index.commit(self._file_row(file))
+            self._unnoted[file] = None
+
+    def settle(self) -> None:
+        """Writes down what was noted and is not written yet."""
+        if self._unnoted:
+            self._commit()
+
+    def _commit(self, puts: Sequence[Row] = (), deletes: Sequence[Key] = ()) -> None:
+        """Changes the index, with what was to go along; what cannot be written now goes along with the next."""
+        deletes = [*self._undeleted, *deletes]
+        noted = [row for file in self._unnoted for row in self._noted_row(file)]
+        try:
+            self.index.commit([*noted, *puts], deletes)
+        except BaseException:
+            self._undeleted = deletes
+            raise
+        self._undeleted = []
+        self._unnoted.clear()
+
+    def _noted_row(self, file: JournalFile) -> list[Row]:
+        file.tail = file.record.tail()
+        return self._file_row(file)
 
     # --- letting go --------------------------------------------------------------------------------------------------
 
     def remove(self, file: JournalFile, pages: Iterable[int], last_seq: int, keep: bool = False) -> None:
         """The backing has these pages as they were when `last_seq` was the last record. With its last page the file goes.
 
-        With `keep` its record stays until a `remove` without. The record is written first: what it says of size and
-        signature holds whether the rows are gone or not.
+        With `keep` its record stays until a `remove` without. The record is written first, or goes first: what it says of
+        size and signature holds whether the rows are gone or not, and rows without a record count for nothing.
         """
         cover = file.cover
+        going = {page for page in pages if (entry := cover.get(page)) is not None and entry.seq <= last_seq}
+        gone = len(going) == len(cover) and not keep
         self.seq += 1
         file.record.seq = self.seq
+        self._unnoted.pop(file, None)
         try:
-            self._delete([], self._file_row(file))
+            if gone:
+                self.files.pop(file.record.file, None)
+                self._commit(deletes=[(self.index.files, key_of(file.record.file))])
+            else:
+                self._commit(self._noted_row(file))
         finally:  # a record that could not be written costs a comparison with an old signature, no more
             self._refresh(file)
-            for page in pages:
-                entry_of_page = cover.get(page)
-                if entry_of_page is not None and entry_of_page.seq <= last_seq:
-                    del cover[page]
-                    self._lose(file, entry_of_page, page)
+            for page in going:
+                self._lose(file, cover.pop(page), page)
             self._refresh(file)
-        if not cover and not keep:
-            self.files.pop(file.record.file, None)
-            self._delete([(self.index.files, key_of(file.record.file))])
 
     def _refresh(self, file: JournalFile) -> None:
         """Has the rows of older entries say what is left of them."""
         for entry in file.stale:
             self.rows.set_live(entry.slot, entry.live)
         file.stale.clear()
-
-    def _delete(self, rows: list[Key], puts: Iterable[Row] = ()) -> None:
-        """Removes rows from the index, those first that could not be removed the last time."""
-        rows = self._undeleted + rows
-        try:
-            self.index.commit(puts, deletes=rows)
-            self._undeleted = []
-        except BaseException:
-            self._undeleted = rows
-            raise
 
     def unsync(self, file: JournalFile, entries: Iterable[Entry]) -> None:
         """The durable index does not name these any more."""
@@ -284,6 +300,9 @@ class Journal:
     def close(self, needed: bool = False) -> None:
         """Closes the files, and removes them where nothing is in them that is not on the backing, unless they are `needed`."""
         empty = not self.files and not needed
+        if not empty:
+            with contextlib.suppress(OSError, JournalFull):
+                self.settle()
         self.index.close()
         self.rows.close()
         self.data.close()

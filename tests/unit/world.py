@@ -81,6 +81,7 @@ class World:
         seed: int | None = None,
         journal: Path | None = None,
         timeout_seconds: float = 30.0,
+        at_once_bytes: int = 0,  # tests that make a call hang need a thread for it
     ) -> None:
         self.top = top
         self.backing = FaultyBacking(DirectoryBacking(top, blocking=blocking))
@@ -111,6 +112,7 @@ class World:
             self.io, self.descriptors, self.cache, self.filler, self.writeback, self.keeper,
             readahead_pages * PAGE_SIZE, ttl_seconds, self.changed.append, lambda *place: self.gone.append(place),
         )  # fmt: skip
+        self.files.data.at_once_bytes = at_once_bytes
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
 
     def _settled(self, inode: Inode) -> None:
