@@ -31,6 +31,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a file 
 
 PAGE = 4096
 RDWR_CREAT = os.O_RDWR | os.O_CREAT
+OLD_NS = 50_000_000  # more than a tick of the clock of file times
 LATER = ("--dirty-expire", "1h")  # nothing is written back unless something asks for it
 NEVER_ASKED = ("--metadata-ttl", "1h")  # what the kernel believes stays believed unless it is told
 KEPT = "kept as"  # in the line of the log that tells of a conflict
@@ -120,6 +121,30 @@ def test_names_that_go_or_are_replaced_in_a_local_source_are_seen_at_once(mounte
     (mount.source / "new").write_bytes(b"new")
     (mount.source / "new").rename(mount.source / "d" / "replaced")
     wait_until(lambda: (mount.path / "d" / "replaced").read_bytes() == b"new", "a replaced file")
+
+
+def test_a_listing_that_the_kernel_keeps_is_as_the_directory_is_when_it_is_opened(mounted: Factory) -> None:
+    mount = mounted()
+    directory, there = mount.path / "directory", mount.source / "directory"
+    there.mkdir()
+    names = {str(i) for i in range(50)}
+    for name in names:
+        (there / name).touch()
+    for step in range(20):
+        if step % 3 == 0:  # else the kernel may have it from the time before
+            wait_until(lambda: time.time_ns() - os.stat(there).st_ctime_ns > OLD_NS, "the last change to be some time ago")
+        for _ in range(3):
+            assert set(os.listdir(directory)) == names
+        if step % 2:
+            names.add(f"new {step}")
+            (there / f"new {step}").touch()
+        elif step % 4:
+            names.remove(gone := min(names))
+            (there / gone).unlink()
+        else:
+            names.remove(gone := max(names))
+            (directory / gone).unlink()
+    assert set(os.listdir(directory)) == names
 
 
 def test_our_own_changes_are_not_taken_for_somebody_else_s(mounted: Factory) -> None:

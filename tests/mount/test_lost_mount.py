@@ -225,7 +225,7 @@ def test_an_unmount_while_source_hangs_ends_in_time_and_says_what_remains(how: s
         assert '"path": "written", "offset": 0, "length": 262144, "error": "ETIMEDOUT"' in mount.log_text()
         assert mountinfo.top_mount(str(mount.path)) is None
         if how == "SIGTERM":
-            assert outcome(os.close, open_for_reading) == "ENOTCONN"
+            assert outcome(os.close, open_for_reading) is None, "nothing can be lost that was only read"
         mount.sshfs.thaw()
         mount.exit_status = 0
         mount.start()

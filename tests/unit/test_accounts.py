@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from collections import Counter
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachefs.cache.account import ACCOUNTS_MAX, ANYBODY, COUNTERS, OTHER, USERS_MAX, Account, Accounts
-from cachefs.process import UNKNOWN, name_of
+from cachefs.process import KNOWN_MAX, UNKNOWN, _known, name_of
 
 
 def by_name(accounts: Accounts) -> dict[tuple[str, int], int]:
@@ -101,6 +102,30 @@ def test_a_thread_has_the_name_of_its_process() -> None:
     thread.start()
     thread.join()
     assert seen == [own] != [UNKNOWN]
+
+
+def test_a_process_is_known_by_its_latest_name() -> None:
+    """It changes with exec(2): what runs in a shell's child is not the shell."""
+    with subprocess.Popen(["sh", "-c", "read line; exec cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None and child.stdout is not None
+        assert name_of(child.pid) == "sh"
+        child.stdin.write(b"go on\nword\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == b"word\n"  # now it is cat
+        assert name_of(child.pid) == "cat"
+        child.stdin.close()
+    assert name_of(child.pid) == UNKNOWN
+
+
+def test_of_many_processes_only_the_latest_are_remembered() -> None:
+    children = [subprocess.Popen(["cat"], stdin=subprocess.PIPE) for _ in range(KNOWN_MAX + 3)]
+    try:
+        for _ in range(2):
+            assert {name_of(child.pid) for child in children} <= {"cat", name_of(os.getpid())}  # some are not that far yet
+        assert len(_known) <= KNOWN_MAX
+    finally:
+        for child in children:
+            child.communicate()
 
 
 def test_who_is_gone_or_cannot_be_seen_is_unknown() -> None:
