@@ -404,6 +404,8 @@ class FileSystem:
         async with self._going(new_parent, new_name) as (target_st, target):
             if inode is not None:
                 self._moving(inode, parent, name, new_parent, new_name)
+            if target is not None and flags & RENAME_EXCHANGE:
+                self._moving(target, new_parent, new_name, parent, name)
             await self.descriptors.at_two("rename", parent, new_parent, rename)
             if st is not None and target_st is not None and (st.st_dev, st.st_ino) == (target_st.st_dev, target_st.st_ino):
                 return  # two names of one file: nothing happens

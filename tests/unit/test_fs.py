@@ -243,3 +243,31 @@ def test_regression_a_write_that_waits_for_its_page_leaves_the_times_alone(tmp_p
         assert inode.attributes().mtime_ns > 10**18
 
     over(tmp_path, test, False)
+
+
+@pytest.mark.parametrize("flags", [0, RENAME_EXCHANGE])
+def test_regression_while_a_rename_is_under_way_unwritten_files_are_known_by_both_names(tmp_path: Path, flags: int) -> None:
+    """The other one of an exchange was known by its old name alone: far away, where there are no handles, it was not found."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "state").mkdir()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world = World(nursery, tmp_path / "source", blocking=True, journal=tmp_path / "state")
+            root, inodes = world.table.root, []
+            for name in ("a", "b"):
+                inode, handle = await world.open(name)
+                await world.files.write(handle, 0, name.encode())
+                inodes.append(inode)
+            seen: list[set[bytes]] = []
+
+            def look(*arguments: object) -> None:
+                seen.extend(set(inode.journaled.record.paths) for inode in inodes if inode.journaled is not None)
+
+            world.backing.rename = look  # type: ignore[method-assign,assignment]
+            await world.fs.rename(root, b"a", root, b"b", flags)
+            assert seen == [{b"a", b"b"}, {b"a", b"b"} if flags else {b"b"}]
+            await world.shut()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
