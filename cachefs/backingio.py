@@ -56,6 +56,10 @@ class BackingIO:
         """`function(*args)`, which calls the backing. Inline it is atomic: no checkpoint."""
         if self.backing.blocking:
             return await self.in_thread(op, function, *args)
+        return self.call_now(op, function, *args)
+
+    def call_now(self, op: str, function: Callable[..., T], *args: object) -> T:
+        """The same of a local backing, in plain code."""
         start = time.perf_counter()
         try:
             return function(*args)

@@ -186,6 +186,14 @@ class Files:
             if epoch == inode.epoch:
                 return self.absorb(inode, st, fresh=True)
 
+    def refresh_now(self, inode: Inode) -> bool:
+        """The same of a local backing, in plain code; False, and nothing done, where it may have to wait."""
+        fd = max(inode.reader, inode.writer, inode.fd)
+        if fd < 0:
+            return False
+        self.absorb(inode, self.io.call_now("stat", self.io.backing.fstat, fd), fresh=True)
+        return True
+
     async def notice_locked(self, inode: Inode) -> None:
         """Notices somebody else's change before one of ours to contents or mtime makes it look like ours.
 
@@ -258,6 +266,18 @@ class Files:
         inode.opens += 1
         return self._opened(inode, inode.file is not None, False, flags, uid, gids, pid)
 
+    def open_now(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS, pid: int = 0) -> Opened | None:
+        """A handle to read a local file, in plain code; None, and nothing done, where it may have to wait."""
+        if flags & (os.O_ACCMODE | os.O_TRUNC):
+            return None
+        before, known = signature_of(inode.st), inode.file is not None
+        if inode.reader >= 0:
+            self.refresh_now(inode)
+        elif not self.data.reader_now(inode):
+            return None
+        inode.opens += 1
+        return self._opened(inode, known, before != signature_of(inode.st), flags, uid, gids, pid)
+
     async def open(self, inode: Inode, flags: int, uid: int, gids: frozenset[int] = NO_GROUPS, pid: int = 0) -> Opened:
         """A handle. On a backing far away, a file whose attributes are fresh is opened there when it is first needed."""
         writable = flags & os.O_ACCMODE != os.O_RDONLY
@@ -325,8 +345,27 @@ class Files:
         if handle.writable:
             self._report(handle)
 
+    def release_now(self, number: int) -> bool:
+        """The same in plain code; False, and nothing done, where it may have to wait."""
+        inode = self.handles[number].inode
+        if inode.unwritten and inode.opens == 1 and len(self.writeback.dirty) > DIRTY_CLOSED_MAX // 2:
+            return False
+        self._released(self.handles.pop(number))
+        return True
+
     async def release(self, number: int) -> None:
-        handle = self.handles.pop(number)
+        inode = self.handles[number].inode
+        self._released(self.handles.pop(number))
+        if inode.opens or not inode.unwritten:
+            return
+        closed = len(self.writeback.dirty) - len(self.handles)
+        if closed > DIRTY_CLOSED_MAX // 2:
+            self.writeback.write_soon()  # side by side, while programs go on
+        if closed > DIRTY_CLOSED_MAX:
+            with contextlib.suppress(Unreachable):
+                await self.io.ask(self._write_out, next(iter(self.writeback.dirty)))
+
+    def _released(self, handle: Handle) -> None:
         self.cache.accounts.close(handle.account)
         inode = handle.inode
         inode.opens -= 1
@@ -337,11 +376,6 @@ class Files:
         if inode.unlinked and inode.file is not None:
             self.cache.discard(inode.file)
         self.data.settle(inode)
-        if inode.unwritten and (closed := len(self.writeback.dirty) - len(self.handles)) > DIRTY_CLOSED_MAX // 2:
-            self.writeback.write_soon()  # side by side, while programs go on
-            if closed > DIRTY_CLOSED_MAX:
-                with contextlib.suppress(Unreachable):
-                    await self.io.ask(self._write_out, next(iter(self.writeback.dirty)))
 
     async def _write_out(self, inode: Inode) -> None:
         """Flushes; what goes wrong is remembered on the inode, for each handle to report."""

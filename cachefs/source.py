@@ -60,6 +60,21 @@ class DataDescriptors:
             self._keep(inode, await self._open(inode, os.O_RDONLY), True, False)
         return inode.reader
 
+    def reader_now(self, inode: Inode) -> bool:
+        """Opens a reader by the first name of a local file, in plain code; False, and nothing done, where that is not it."""
+        for parent, name in inode.names:
+            if parent.fd < 0 or inode.fd >= 0:
+                break
+            fd, st = self.io.call_now("open", self.io.backing.open_stat, parent.fd, name, os.O_RDONLY)
+            if (st.st_dev, st.st_ino) != inode.key or not stat.S_ISREG(st.st_mode):
+                self.io.close(fd)
+                break
+            self.looked(inode, st)
+            self.count += 1
+            self._keep(inode, fd, True, False)
+            return True
+        return False
+
     async def writer(self, inode: Inode) -> int:
         if inode.writer < 0:
             try:

@@ -24,6 +24,7 @@ from cachefs.statistics import Histogram
 from cachefs.transport import wire
 from cachefs.transport.dispatch import Answer, Dispatch, WireOperations
 from cachefs.transport.negotiate import REQUEST_MAX_BYTES
+from cachefs.transport.quick import Quick
 from cachefs.transport.waiting import Waiting
 from cachefs.transport.wire import IN_HEADER, OUT_HEADER, READ, READ_BYTES, REQUEST, Request
 
@@ -47,6 +48,7 @@ class Lane:
         operations = WireOperations(fs, kernel_cache, ttl_seconds, functools.partial(self.invalidate, attributes_only=True))
         self.durations = operations.durations
         self._handlers = Dispatch(operations).handlers
+        self._quick = Quick(operations).handlers
         self._files = operations.files
         self._read_durations: Histogram = operations.durations["read"]
         self._waiting = Waiting(fd)
@@ -101,6 +103,7 @@ class Lane:
         """One worker, the leader at first. Its buffer is its own: a request that waits keeps what it has not used yet."""
         buffer = bytearray(REQUEST_MAX_BYTES)
         vector, body, unpack = [buffer], memoryview(buffer)[IN_HEADER.size :], REQUEST.unpack_from
+        quick = self._quick
         try:
             while length := await self._receive(vector):
                 said, opcode, unique, node, uid, gid, pid, _, handle, offset, size = unpack(buffer)
@@ -108,6 +111,9 @@ class Lane:
                     self._refuse(length, opcode, unique)
                 elif opcode != READ or length != READ_BYTES or not self._answer_hit(unique, handle, offset, size):
                     request = Request(unique, node, uid, gid, pid, body[: length - IN_HEADER.size])
+                    if opcode in quick and (answer := quick[opcode](request)) is not None:
+                        self._answer(unique, answer)
+                        continue
                     waited = await until_it_waits(self._serve(opcode, request), self._hand_on)
                     if waited and not await self._wait_for_lead():
                         break

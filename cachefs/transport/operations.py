@@ -293,10 +293,14 @@ class Operations(pyfuse3.Operations):
         if opened is None:
             known = functools.partial(self.files.open_known, *arguments)
             opened = await self.ask(self.files.open, *arguments, memory=known, undo=self.fs.unopen)
-        if opened.attributes_changed:  # or the kernel would go on with the size it knows until its time is over
-            with contextlib.suppress(OSError):
-                self.forget_attributes(node)  # waits for nobody: it touches no pages
+        if opened.attributes_changed:
+            self.forget_quietly(node)
         return self._info(opened)
+
+    def forget_quietly(self, node: int) -> None:
+        """Or the kernel would go on with the size it knows until its time is over. Waits for nobody: it touches no pages."""
+        with contextlib.suppress(OSError):
+            self.forget_attributes(node)
 
     @request
     async def create(

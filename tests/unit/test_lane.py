@@ -34,6 +34,7 @@ class Stage:
 
     def hold(self, op: str) -> None:
         """Every call of this handler waits until the gate is opened."""
+        self.lane._quick.pop(getattr(wire, op.upper()), None)
         handler = self.lane._handlers[getattr(wire, op.upper())]
 
         async def held(request: wire.Request) -> object:
@@ -254,6 +255,7 @@ def test_a_handler_that_breaks_is_eio_and_a_line_in_the_log(tmp_path: Path, capl
                 raise RuntimeError("broken")
 
             stage.lane._handlers[wire.GETATTR] = broken
+            stage.lane._quick[wire.GETATTR] = lambda request: None
             assert (await stage.kernel.ask(wire.GETATTR, NODE_OF_ROOT, bytes(16))).errno == errno.EIO
             await stage.kernel.must(wire.STATFS)
 

@@ -1,0 +1,167 @@
+"""Requests answered in plain code: as they are answered the long way, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from struct import Struct
+
+import pytest
+import trio
+
+from cachefs.inode import Inode
+from cachefs.transport import wire
+from cachefs.transport.operations import blocks_of
+from cachefs.transport.wire import Request
+from fake_kernel import NODE_OF_ROOT
+from test_lane import Stage, staged
+
+OPEN_IN = Struct("=II")
+
+
+def on(tmp_path: Path, main: Callable[[Stage], Awaitable[None]], **options: object) -> None:
+    async def run() -> None:
+        async with staged(tmp_path, **options) as stage:
+            await main(stage)
+
+    trio.run(run)
+
+
+def request(node: int, body: bytes) -> Request:
+    return Request(2, node, os.getuid(), os.getgid(), os.getpid(), memoryview(body))
+
+
+def quick(stage: Stage, opcode: int, node: int, body: bytes) -> bytes | None:
+    answer = stage.lane._quick[opcode](request(node, body))
+    return None if answer is None else bytes(answer)
+
+
+async def slow(stage: Stage, opcode: int, node: int, body: bytes) -> bytes:
+    answer = await stage.lane._handlers[opcode](request(node, body))
+    assert answer is not None
+    return bytes(answer)
+
+
+def known(inode: Inode) -> bytes:
+    """Its attributes, as an answer has them."""
+    seen = inode.attributes()
+    return wire.attributes(inode.node, seen, blocks_of(seen))
+
+
+def test_both_ways_give_the_same_answers_and_leave_the_same_behind(tmp_path: Path) -> None:
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "link").symlink_to("f")
+
+    async def main(stage: Stage) -> None:
+        table = stage.world.table
+        for name in (b"f", b"directory", b"link"):
+            answers = [quick(stage, wire.LOOKUP, NODE_OF_ROOT, name + b"\0"), await slow(stage, wire.LOOKUP, 1, name + b"\0")]
+            inode = table.named(table.root, name)
+            assert inode is not None and inode.lookups == 2
+            assert all(answer is not None and answer[wire.ENTRY.size :] == known(inode) for answer in answers)
+            await stage.world.descriptors.at("stat", inode, stage.world.backing.fstat)  # it has a descriptor now
+            answers = [quick(stage, wire.GETATTR, inode.node, bytes(16)), await slow(stage, wire.GETATTR, inode.node, bytes(16))]
+            assert all(answer is not None and answer[wire.ATTR_VALID.size :] == known(inode) for answer in answers)
+        assert quick(stage, wire.LOOKUP, 1, b"none\0") == await slow(stage, wire.LOOKUP, 1, b"none\0")
+        assert (stage.count("lookup"), stage.count("getattr")) == (8, 6)
+
+    on(tmp_path, main)
+
+
+def test_a_file_is_opened_to_read_and_let_go_of(tmp_path: Path) -> None:
+    async def main(stage: Stage) -> None:
+        node = (await stage.kernel.must(wire.LOOKUP, body=b"f\0")).entry
+        inode, body = stage.world.table.get(node), OPEN_IN.pack(os.O_RDONLY, 0)
+        answers = [quick(stage, wire.OPEN, node, body), await slow(stage, wire.OPEN, node, body)]
+        assert answers[0] is not None
+        first, second = (wire.OPENED.unpack(answer) for answer in answers if answer is not None)
+        assert second[0] == first[0] + 1 and second[1:] == first[1:]
+        assert inode.opens == 2 and inode.reader >= 0 and stage.world.files.data.count == 1
+        for number in (first[0], second[0]):
+            assert quick(stage, wire.FLUSH, node, number.to_bytes(24, "little")) == b""
+            assert quick(stage, wire.RELEASE, node, number.to_bytes(24, "little")) == b""
+        assert inode.opens == 0 and inode.reader == -1 and not stage.world.files.handles
+
+    on(tmp_path, main)
+
+
+def test_what_was_changed_in_source_is_noticed(tmp_path: Path) -> None:
+    async def main(stage: Stage) -> None:
+        node, _ = await stage.kernel.open(b"f")
+        inode = stage.world.table.get(node)
+        for _ in range(2):
+            (tmp_path / "f").write_bytes(os.urandom(100 + inode.changes))
+            before = inode.changes
+            quick(stage, wire.OPEN, node, OPEN_IN.pack(os.O_RDONLY, 0))
+            assert inode.changes == before + 1 and inode.st.st_size == 100 + before
+        (tmp_path / "f").write_bytes(b"1")
+        found = quick(stage, wire.GETATTR, node, bytes(16))
+        assert found is not None and wire.ATTR.unpack_from(found, wire.ATTR_VALID.size)[1] == 1
+        with contextlib.suppress(BlockingIOError):  # that it is to forget attributes
+            while stage.kernel.ours.recv(1 << 16):
+                pass
+
+    on(tmp_path, main)
+
+
+@pytest.mark.parametrize("how", [os.O_RDWR, os.O_WRONLY, os.O_RDONLY | os.O_TRUNC])
+def test_opening_to_change_a_file_goes_the_long_way(tmp_path: Path, how: int) -> None:
+    async def main(stage: Stage) -> None:
+        node = (await stage.kernel.must(wire.LOOKUP, body=b"f\0")).entry
+        assert quick(stage, wire.OPEN, node, OPEN_IN.pack(how, 0)) is None
+        assert stage.world.table.get(node).opens == 0
+
+    on(tmp_path, main)
+
+
+def test_what_goes_wrong_is_left_to_the_long_way_and_leaves_nothing(tmp_path: Path) -> None:
+    async def main(stage: Stage) -> None:
+        world = stage.world
+        node = (await stage.kernel.must(wire.LOOKUP, body=b"f\0")).entry
+        inode, handles = world.table.get(node), dict(world.files.handles)
+        world.backing.set_plan([{"op": "stat", "errno": "EIO"}, {"op": "open", "errno": "EACCES"}])
+        assert quick(stage, wire.LOOKUP, NODE_OF_ROOT, b"f\0") is None
+        assert quick(stage, wire.OPEN, node, OPEN_IN.pack(os.O_RDONLY, 0)) is None
+        world.backing.set_plan([])
+        for opcode, at, body in (
+            (wire.LOOKUP, 4711, b"f\0"), (wire.LOOKUP, 1, b"../f\0"), (wire.LOOKUP, 1, b"no end"),
+            (wire.GETATTR, 4711, bytes(16)), (wire.OPEN, 4711, OPEN_IN.pack(0, 0)), (wire.OPEN, node, b""), (wire.RELEASE, node, bytes(24)),
+            (wire.FLUSH, node, bytes(24)),
+        ):  # fmt: skip
+            assert quick(stage, opcode, at, body) is None
+        assert (inode.lookups, inode.opens, world.files.handles) == (1, 0, handles)
+
+    on(tmp_path, main)
+
+
+def test_an_error_of_writeback_is_told_the_long_way(tmp_path: Path) -> None:
+    async def main(stage: Stage) -> None:
+        inode, number = await stage.world.open("f")
+        inode.error_count += 1
+        assert quick(stage, wire.FLUSH, inode.node, number.to_bytes(24, "little")) is None
+
+    on(tmp_path, main)
+
+
+def test_another_file_in_the_place_of_the_one_that_is_opened_is_not_opened(tmp_path: Path) -> None:
+    async def main(stage: Stage) -> None:
+        node = (await stage.kernel.must(wire.LOOKUP, body=b"f\0")).entry
+        os.rename(tmp_path / "f", tmp_path / "away")
+        (tmp_path / "f").symlink_to("away")
+        assert quick(stage, wire.OPEN, node, OPEN_IN.pack(os.O_RDONLY, 0)) is None
+        (tmp_path / "f").unlink()
+        (tmp_path / "f").write_bytes(b"another")
+        assert quick(stage, wire.OPEN, node, OPEN_IN.pack(os.O_RDONLY, 0)) is None
+        inode = stage.world.table.get(node)
+        assert inode.reader == -1 and stage.world.files.data.count == 0
+
+    on(tmp_path, main)
+
+
+def test_far_away_every_request_may_have_to_wait(tmp_path: Path) -> None:
+    async def main(stage: Stage) -> None:
+        assert stage.lane._quick == {}
+
+    on(tmp_path, main, blocking=True)
