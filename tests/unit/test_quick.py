@@ -127,8 +127,8 @@ def test_what_goes_wrong_is_left_to_the_long_way_and_leaves_nothing(tmp_path: Pa
         world.backing.set_plan([])
         for opcode, at, body in (
             (wire.LOOKUP, 4711, b"f\0"), (wire.LOOKUP, 1, b"../f\0"), (wire.LOOKUP, 1, b"no end"),
-            (wire.GETATTR, 4711, bytes(16)), (wire.OPEN, 4711, OPEN_IN.pack(0, 0)), (wire.OPEN, node, b""), (wire.RELEASE, node, bytes(24)),
-            (wire.FLUSH, node, bytes(24)),
+            (wire.GETATTR, 4711, bytes(16)), (wire.OPEN, 4711, OPEN_IN.pack(0, 0)), (wire.OPEN, node, b""),
+            (wire.RELEASE, node, bytes(24)), (wire.FLUSH, node, bytes(24)),
         ):  # fmt: skip
             assert quick(stage, opcode, at, body) is None
         assert (inode.lookups, inode.opens, world.files.handles) == (1, 0, handles)
