@@ -499,12 +499,15 @@ class Files:
         """Everything written to the file so far is on the backing, and durable there, when this returns without error."""
         handle = self.handles[number]
         inode = handle.inode
-        if self.keeper.synced is None:
+        # A file without a name is not looked for after a power cut, but its name may come back with it.
+        on_the_backing = self.keeper.synced is None or inode.unlinked
+        if on_the_backing:
             await self._write_out(inode)
         self._report(handle)
         try:
-            if self.keeper.synced is None:
+            if on_the_backing:
                 await self.make_durable(inode, datasync)
+                await self.keeper.unsync(inode)
             else:
                 await self.keep_durable(inode, datasync)
         except OSError:

@@ -158,6 +158,20 @@ class Keeper:
                 inode.journaled = None
             return True
 
+    async def unsync(self, inode: Inode) -> None:
+        """The durable index lets go of a file: it has lost its name, or the backing has durably what was synced of it."""
+        async with self._syncing:
+            journal, synced, kept = self.journal, self.synced, inode.journaled
+            if journal is not None and synced is not None and kept is not None and kept.synced:
+                await self._unsync(journal, synced, [(inode, kept)])
+
+    async def _unsync(self, journal: Journal, synced: Synced, files: list[tuple[Inode, JournalFile]]) -> None:
+        await trio.to_thread.run_sync(synced.drop, [kept.record.file for _, kept in files])
+        for inode, kept in files:
+            journal.unsync(kept, set(kept.synced))
+            if not kept.cover and inode.journaled is kept:
+                inode.journaled = None
+
     async def retire(self) -> None:
         """Lets go of what was synced of files that are written back by now, once that is durable on the backing."""
         journal = self.journal
@@ -174,11 +188,7 @@ class Keeper:
             return
         async with self._syncing:
             same = [(inode, kept) for inode, kept, entries in old if kept.synced == entries and not kept.cover]
-            await trio.to_thread.run_sync(self.synced.drop, [kept.record.file for _, kept in same])
-            for inode, kept in same:
-                journal.unsync(kept, set(kept.synced))
-                if not kept.cover and inode.journaled is kept:
-                    inode.journaled = None
+            await self._unsync(journal, self.synced, same)
 
     async def close(self) -> None:
         """The end. The journal's files are removed if the backing has everything, and has it durably if that was promised."""

@@ -24,7 +24,7 @@ from cachefs.config import Config
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode, signature_of
 from cachefs.journal.index import VERSION
-from cachefs.journal.journal import DATA_FILE, INDEX_FILE, ROWS_FILE, SYNCED_FILE, Journal, JournalFile, JournalFull
+from cachefs.journal.journal import DATA_FILE, INDEX_FILE, ROWS_FILE, SYNCED_FILE, Journal, JournalFile, JournalFull, sync_names
 from cachefs.journal.load import Found, load
 from cachefs.journal.records import FileRecord, PagesRecord, checksum
 from cachefs.journal.setaside import set_aside
@@ -70,8 +70,13 @@ class Predecessor:
             )
 
     @property
+    def rebooted(self) -> bool:
+        """Whether the machine went down since. An index with no mark of a boot is what a power cut left of one."""
+        return self.found.meta.get(b"boot") != self.boot
+
+    @property
     def trusted(self) -> bool:
-        return not self.found.doubtful and self.found.meta.get(b"boot", self.boot) == self.boot
+        return not self.found.doubtful and not self.rebooted
 
     @property
     def left(self) -> list[Left]:
@@ -160,7 +165,8 @@ class Recovery:
         if not left:
             return []
         placed: dict[Inode, Left] = {}
-        self._data_fd = os.open(os.path.join(self.predecessor.directory, DATA_FILE), os.O_RDONLY | os.O_CLOEXEC)
+        how = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC  # one that is gone is one without data: what was in it is named
+        self._data_fd = os.open(os.path.join(self.predecessor.directory, DATA_FILE), how, 0o600)
         try:
             for file in left:
                 if await self._placed(file):
@@ -207,6 +213,7 @@ class Recovery:
             os.rename(path + ".new", path)
         else:
             _remove(path)
+        sync_names(predecessor.directory)
 
     # --- finding files -----------------------------------------------------------------------------------------------------
 
@@ -226,16 +233,12 @@ class Recovery:
         if len(data) == pages.count << PAGE_SHIFT and checksum(data) == pages.checksum:
             return True
         first, last = pages.page << PAGE_SHIFT, (pages.page + pages.count) << PAGE_SHIFT
-        if self._rebooted and not left.durable:
+        if self.predecessor.rebooted and not left.durable:
             log.info("not synced when the machine went down: %s: bytes %d to %d", _name(left.record), first, last)
         elif not self._superseded(left.record, pages):
             self.stack.keeper.lost_bytes += last - first
             self.notes.append(f"the journal is damaged: lost of {_name(left.record)}: bytes {first} to {last}")
         return False
-
-    @property
-    def _rebooted(self) -> bool:
-        return self.predecessor.found.meta.get(b"boot", self.predecessor.boot) != self.predecessor.boot
 
     def _superseded(self, record: FileRecord, pages: PagesRecord) -> bool:
         """Whether later records have all of these pages, so that the slots may have been given to others."""

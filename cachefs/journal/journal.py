@@ -288,8 +288,9 @@ class Journal:
         self.rows.close()
         self.data.close()
         if empty:
-            for name in (INDEX_FILE, ROWS_FILE, DATA_FILE, SYNCED_FILE):
+            for name in (SYNCED_FILE, INDEX_FILE, ROWS_FILE, DATA_FILE):  # the durable index alone would be believed
                 _remove(os.path.join(self.directory, name))
+            sync_names(self.directory)
 
     def check(self) -> None:
         """Asserts that covers, masks and slots agree."""
@@ -306,9 +307,18 @@ class Journal:
         assert runs <= self.slots.runs, "entries miscounted"
 
 
+def sync_names(directory: str) -> None:
+    """Makes durable which files a directory has: after a power cut an index that was removed would be taken for the last one."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def _remove(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
-__all__ = ["Entry", "Journal", "JournalFile", "JournalFull"]
+__all__ = ["Entry", "Journal", "JournalFile", "JournalFull", "sync_names"]

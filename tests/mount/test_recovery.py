@@ -347,6 +347,39 @@ def test_after_the_machine_went_down_a_file_that_changed_since_is_not_written_ov
     assert (place / "data").read_bytes() == b"an older state"
 
 
+@pytest.mark.parametrize("left", ["empty", "gone", "of another boot"])
+def test_regression_what_was_synced_is_found_where_the_other_index_says_nothing(
+    mounted: Factory, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """A power cut may leave of the index that nobody syncs a whole one with nothing in it, which was believed."""
+    monkeypatch.setitem(PLAIN_ENVIRONMENT, "CACHEFS_BOOT_ID", "before")
+    mount = mounted(*LATER, "--durability", "journal")
+    empty = (journal_of(mount) / "index.mdb").read_bytes()
+    with opened(os.fspath(mount.path / "file"), RDWR_CREAT) as fd:
+        os.fsync(fd)
+        os.write(fd, b"synced" * P)
+        os.fsync(fd)
+    kill(mount)
+    assert (mount.source / "file").read_bytes() == b"", "only the journal has it"
+    index = journal_of(mount) / "index.mdb"
+    if left == "gone":
+        index.unlink()
+    elif left == "empty":
+        without_files(index, empty)
+    monkeypatch.setitem(PLAIN_ENVIRONMENT, "CACHEFS_BOOT_ID", "after")
+    mount.start()
+    assert (mount.path / "file").read_bytes() == b"synced" * P
+
+
+def without_files(index: Path, empty: bytes) -> None:
+    """Makes a whole index of it that knows nothing, of no boot either."""
+    index.write_bytes(empty)
+    opening = lmdb.open(os.fspath(index), subdir=False, lock=False, max_dbs=3)
+    with contextlib.closing(opening) as env, env.begin(write=True) as transaction:
+        for name in (b"meta", b"files"):
+            transaction.drop(env.open_db(name, txn=transaction), delete=False)
+
+
 # --- the disk of the state -------------------------------------------------------------------------------------------
 
 

@@ -116,3 +116,22 @@ def test_cachefs_sync_leaves_no_older_version_to_come_back_after_a_power_cut(tmp
         assert kept(world) == 0 and not inode.unsynced
 
     over(tmp_path, main, blocking)
+
+
+@both
+def test_regression_an_fsync_of_a_file_without_a_name_has_the_backing_do_it(tmp_path: Path, blocking: bool) -> None:
+    """It was durable nowhere: the journal knows no file without a name, and after a power cut the name came back."""
+
+    async def main(world: World) -> None:
+        inode, handle = await world.open("file")
+        await world.files.write(handle, 0, b"a" * P)
+        await world.files.fsync(handle, False)
+        assert kept(world) == 1
+        await world.fs.unlink(world.table.root, b"file")
+        await world.files.write(handle, 0, b"b" * P)
+        before = world.backing.calls["fsync"]
+        await world.files.fsync(handle, False)
+        assert not inode.unwritten and not inode.unsynced and world.backing.calls["fsync"] == before + 1
+        assert kept(world) == 0, "what was synced before would come back with the name"
+
+    over(tmp_path, main, blocking)

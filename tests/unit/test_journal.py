@@ -1,5 +1,6 @@
 """The journal: slots, records, what is found again, and what damage leaves."""
 
+import contextlib
 import os
 import random
 from pathlib import Path
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachefs.cache.page import PAGE_SIZE
-from cachefs.journal.journal import DATA_FILE, INDEX_FILE, ROWS_FILE, Journal, JournalFile
+from cachefs.journal.journal import DATA_FILE, INDEX_FILE, ROWS_FILE, SYNCED_FILE, Journal, JournalFile
 from cachefs.journal.load import Found, load, read
 from cachefs.journal.records import (
     PAGES_LIVE,
@@ -360,6 +361,34 @@ def test_the_durable_index_has_what_was_synced_last(journal: Journal, tmp_path: 
     assert {at: data[0] for at, data in bytes_of(journal, found, 1).items()} == {0: 1, 1: 2, 2: 1}
     synced = Synced(path, 64)
     assert not len(synced)
+
+
+@pytest.mark.parametrize("removed", range(4))
+def test_regression_a_close_that_is_cut_off_leaves_no_durable_index_alone(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    """Alone it is what a power cut leaves, and believed: it would put bytes of an earlier fsync over later ones."""
+    file = journal.add(a_record())
+    journal.put(file, 0, page(1))
+    synced = Synced(str(tmp_path / SYNCED_FILE), 64)
+    synced.store(file.record, rows_of(file))
+    synced.close()
+    journal.remove(file, [0], journal.seq)
+    unlink, left = os.unlink, removed
+
+    def cut_off(path: str) -> None:
+        nonlocal left
+        if not left:
+            raise InterruptedError
+        left -= 1
+        unlink(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", cut_off)
+        with contextlib.suppress(InterruptedError):
+            journal.close()
+    assert len(os.listdir(tmp_path)) == 4 - removed
+    assert INDEX_FILE in os.listdir(tmp_path) or SYNCED_FILE not in os.listdir(tmp_path)
 
 
 def test_slots_that_the_durable_index_names_are_not_used_again(journal: Journal) -> None:
