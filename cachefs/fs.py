@@ -6,6 +6,7 @@ ask has been decided before (the kernel does, by mode bits and ACLs).
 
 import contextlib
 import errno
+import math
 import os
 import stat
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ from cachefs.descriptors import Descriptors
 from cachefs.files import Files, Opened
 from cachefs.handle import DirectoryHandle
 from cachefs.inode import NO_XATTRS, Inode, InodeTable
+from cachefs.listings import Listings
 from cachefs.writeback import Writeback
 
 STATS_AT_ONCE = 32  # entries of a far away directory that are looked at side by side
@@ -78,6 +80,9 @@ class FileSystem:
         self.writeback = writeback
         self.hints: VirtualAttributes | None = None  # for names that begin with HINTS
         self.directories: dict[int, DirectoryHandle] = {}
+        self.listings = Listings(files.ttl_seconds)
+        if io.backing.blocking:
+            descriptors.renamed = self._renamed
         self._last_directory = 0
         self._idle: dict[Inode, None] = {}  # inodes that nobody uses but that have cached pages, in the order of the last look
         self._user = (os.geteuid(), os.getegid())
@@ -160,6 +165,7 @@ class FileSystem:
         for gone in dropped:
             self.descriptors.close(gone)
             self.files.data.unsynced.pop(gone, None)
+            self.listings.forget(gone)
             self._idle.pop(gone, None)
         if not dropped and inode.file is not None and inode.file.resident_pages:
             self._idle[inode] = None
@@ -170,11 +176,17 @@ class FileSystem:
             del self._idle[inode]
             self.drop(inode)
 
+    def _renamed(self, directory: Inode) -> None:
+        """We have changed names in a directory far away: neither its listing nor its attributes are known any more."""
+        self.listings.changed(directory)
+        directory.epoch += 1
+        directory.checked_at = -math.inf
+
     # --- attributes ----------------------------------------------------------------------------------------------------
 
     async def getattr(self, inode: Inode) -> None:
         """Brings `inode.attributes()` up to date, if the backing answers."""
-        if inode.is_dir or not self.files.believed(inode):  # what changes in a directory changes it too, unnoticed here
+        if not self.files.believed(inode):
             await self.io.ask(self._refreshed, inode, memory=lambda: inode)
 
     async def _refreshed(self, inode: Inode) -> Inode:
@@ -441,11 +453,22 @@ class FileSystem:
         self.drop(inode)
 
     async def names(self, number: int, start: int) -> Sequence[bytes]:
-        """The listing of an open directory, without "." and "..": read anew when reading starts at 0, else as it was."""
+        """The listing of an open directory, without "." and "..": read anew when reading starts at 0, else as it was.
+
+        Far away it is not read where the last one may still be believed.
+        """
         handle = self.directories[number]
         if handle.names is None or start == 0:
-            handle.names = await self.descriptors.at("readdir", handle.inode, self.backing.listdir)
+            known = self.listings.names(handle.inode)
+            handle.names = await self._listed(handle.inode) if known is None else known
         return handle.names
+
+    async def _listed(self, directory: Inode) -> Sequence[bytes]:
+        begun = self.listings.begin()
+        names = await self.descriptors.at("readdir", directory, self.backing.listdir)
+        if self.backing.blocking:
+            self.listings.read(directory, names, begun)
+        return names
 
     async def entries(self, number: int, names: Sequence[bytes]) -> list[Inode | None]:
         """The inodes of some names of an open directory, each with one more lookup; None for those that are gone."""
@@ -455,8 +478,10 @@ class FileSystem:
         errors: list[OSError] = []
 
         async def look(i: int) -> None:
+            began = trio.current_time()
             try:
                 found[i] = await self.lookup(parent, names[i])
+                self.listings.saw(parent, names[i], began)
             except FileNotFoundError:
                 return
             except OSError as error:
@@ -471,14 +496,27 @@ class FileSystem:
             return found
         try:
             async with trio.open_nursery() as nursery:
-                for i in range(len(names)):
-                    nursery.start_soon(look, i)
+                for i, name in enumerate(names):
+                    if self.listings.seconds_left(parent, name) and self._is_believed(parent, name):
+                        found[i] = self.lookup_known(parent, name)
+                    else:
+                        nursery.start_soon(look, i)
             if errors:  # a directory that cannot be read must not look like an empty one
                 raise errors[0]
         except BaseException:
             await self.unlook_all(found)
             raise
         return found
+
+    def name_seconds(self, number: int, name: bytes) -> float:
+        """How long the kernel may believe what `entries` gave for a name."""
+        if not self.backing.blocking:
+            return self.files.ttl_seconds
+        return self.listings.seconds_left(self.directories[number].inode, name)
+
+    def _is_believed(self, parent: Inode, name: bytes) -> bool:
+        inode = self.table.named(parent, name)
+        return inode is not None and self.files.believed(inode)
 
     def entries_known(self, number: int, names: Sequence[bytes]) -> list[Inode | None] | None:
         """The same from memory; None if we do not know all of them."""

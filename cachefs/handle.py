@@ -1,6 +1,7 @@
 """Open files and directories: what belongs to one open(2) and not to the inode."""
 
 import os
+from collections.abc import Sequence
 
 from cachefs.cache.account import Account
 from cachefs.cache.readahead import Readahead
@@ -31,4 +32,4 @@ class DirectoryHandle:
 
     def __init__(self, inode: Inode) -> None:
         self.inode = inode
-        self.names: list[bytes] | None = None
+        self.names: Sequence[bytes] | None = None
