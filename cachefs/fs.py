@@ -19,7 +19,7 @@ import trio
 from backing.base import RENAME_EXCHANGE
 from cachefs.backingio import BackingIO
 from cachefs.descriptors import Descriptors
-from cachefs.files import Files, Opened
+from cachefs.files import Files, Opened, now_ns
 from cachefs.handle import DirectoryHandle
 from cachefs.inode import NO_XATTRS, Inode, InodeTable
 from cachefs.listings import Listings
@@ -81,6 +81,7 @@ class FileSystem:
         self.hints: VirtualAttributes | None = None  # for names that begin with HINTS
         self.directories: dict[int, DirectoryHandle] = {}
         self.listings = Listings(files.ttl_seconds)
+        self._looking: dict[Inode, trio.Event] = {}  # directories whose attributes are being read since we changed names there
         if io.backing.blocking:
             descriptors.renamed = self._renamed
         self._last_directory = 0
@@ -177,10 +178,25 @@ class FileSystem:
             self.drop(inode)
 
     def _renamed(self, directory: Inode) -> None:
-        """We have changed names in a directory far away: neither its listing nor its attributes are known any more."""
+        """We have changed names in a directory far away: neither its listing nor its attributes are known any more.
+
+        The kernel will ask for the latter before it goes through that directory again, so they are read while it does not wait.
+        """
         self.listings.changed(directory)
         directory.epoch += 1
         directory.checked_at = -math.inf
+        if directory not in self._looking and self.io.watchdog.tasks is not None:
+            self._looking[directory] = trio.Event()
+            self.io.watchdog.tasks.start_soon(self._look_again, directory)
+
+    async def _look_again(self, directory: Inode) -> None:
+        try:
+            await self.files.refresh(directory)
+        except OSError:
+            return  # whoever needs them finds out
+        finally:
+            self._looking.pop(directory).set()
+            self.drop(directory)
 
     # --- attributes ----------------------------------------------------------------------------------------------------
 
@@ -190,7 +206,10 @@ class FileSystem:
             await self.io.ask(self._refreshed, inode, memory=lambda: inode)
 
     async def _refreshed(self, inode: Inode) -> Inode:
-        await self.files.refresh(inode)
+        if inode in self._looking:
+            await self._looking[inode].wait()
+        if not self.files.believed(inode):
+            await self.files.refresh(inode)
         return inode
 
     async def setattr(self, inode: Inode, changes: Changes, uid: int, gids: frozenset[int] = frozenset()) -> None:
@@ -200,18 +219,41 @@ class FileSystem:
             if changes.uid is not None or changes.gid is not None or changes == Changes():  # chown(-1, -1) is one, too
                 owner, group = (-1 if number is None else number for number in (changes.uid, changes.gid))
                 known = {name: number for name, number in (("st_uid", owner), ("st_gid", group)) if number != -1}
-                await self._change(inode, "chown", self.backing.chown, owner, group, **known)
+                if self._has_already(inode, known):
+                    inode.ctime_shown = (inode.st.st_ctime_ns, now_ns(inode))
+                else:
+                    await self._change(inode, "chown", self.backing.chown, owner, group, **known)
             if changes.mode is not None:
                 await self._chmod(inode, changes.mode)
             if changes.atime_ns is not None or changes.mtime_ns is not None:
-                times = (("st_atime_ns", changes.atime_ns), ("st_mtime_ns", changes.mtime_ns))
-                known = {name: time_ns for name, time_ns in times if time_ns is not None}
-                await self._change(inode, "utime", self.backing.utime, changes.atime_ns, changes.mtime_ns, **known)
-                if changes.mtime_ns is not None:
-                    inode.mtime_ns = changes.mtime_ns
-                    self.files.keeper.changed(inode)
+                await self._utime(inode, changes.atime_ns, changes.mtime_ns)
         if changes.size is not None and uid and inode.st.st_mode & SET_ID:
             await self.files.kill_set_id(inode, gids)
+
+    def _has_already(self, inode: Inode, owner: dict[str, int]) -> bool:
+        """Whether a chown would change nothing of a file far away that we are about to write: tar gives each one to who has it.
+
+        Writing it takes away, as chown does, what is not looked at here (file capabilities).
+        """
+        if not owner or not inode.unwritten or inode.st.st_mode & SET_ID or not self.files.believed(inode):
+            return False
+        return all(getattr(inode.st, field) == number for field, number in owner.items())
+
+    async def _utime(self, inode: Inode, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """Far away the times go there with unwritten data, which sets the mtime anyway, if nobody will refuse them then."""
+        ours = self._user[0] in (0, inode.st.st_uid)
+        if ours and inode.unwritten and not inode.unlinked and self.files.believed(inode):
+            inode.atime_ns = inode.atime_ns if atime_ns is None else atime_ns
+            inode.ctime_shown = (inode.st.st_ctime_ns, now_ns(inode))
+            inode.epoch += 1
+        else:
+            times = (("st_atime_ns", atime_ns), ("st_mtime_ns", mtime_ns))
+            known = {name: time_ns for name, time_ns in times if time_ns is not None}
+            await self._change(inode, "utime", self.backing.utime, atime_ns, mtime_ns, **known)
+            inode.atime_ns = inode.atime_ns if atime_ns is None else None
+        if mtime_ns is not None:
+            inode.mtime_ns = mtime_ns
+            self.files.keeper.changed(inode)
 
     async def _chmod(self, inode: Inode, mode: int) -> None:
         if mode & SET_ID and inode.unwritten:

@@ -51,9 +51,9 @@ class Inode:
     """
 
     __slots__ = (
-        "_lock", "advice", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "done", "doubtful",
-        "durable", "epoch", "error_count", "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "kept", "key",
-        "lookups", "losing", "mtime_ns", "names", "node", "noticed", "opens", "reader", "retry_at", "retry_seconds",
+        "_lock", "advice", "atime_ns", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "done",
+        "doubtful", "durable", "epoch", "error_count", "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "kept",
+        "key", "lookups", "losing", "mtime_ns", "names", "node", "noticed", "opens", "reader", "retry_at", "retry_seconds",
         "signature", "st", "target", "tries", "unlinked", "unsure", "writer", "xattrs",
     )  # fmt: skip
 
@@ -79,6 +79,7 @@ class Inode:
         self.changes = self.changes_told = 0  # made by others: noticed so far, and when the kernel last opened it
         self.epoch = 0  # grows with every change we make, so that attributes read meanwhile are known to be stale
         self.mtime_ns = 0  # of our own last write; meaningful while file.unwritten
+        self.atime_ns: int | None = None  # to be set in the backing with the unwritten data; None = nothing to set
         self.ctime_shown = (0, 0)  # (backing's ctime, the one to show instead): writeback must not be seen as a change
         self.error_count = 0  # failures of writeback; a handle that has seen fewer reports `error_errno`
         self.error_errno = 0
@@ -133,6 +134,8 @@ class Inode:
         theirs, shown = self.ctime_shown
         if file.unwritten:
             ctime_ns = shown if theirs == st.st_ctime_ns else max(shown, st.st_ctime_ns)
+            if self.atime_ns is not None:
+                st = patched(st, st_atime_ns=self.atime_ns)
             return Attributes(st, file.size, self.mtime_ns, ctime_ns)
         return Attributes(st, file.size, st.st_mtime_ns, shown if theirs == st.st_ctime_ns else st.st_ctime_ns)
 
