@@ -81,6 +81,8 @@ class FileSystem:
         self.hints: VirtualAttributes | None = None  # for names that begin with HINTS
         self.directories: dict[int, DirectoryHandle] = {}
         self.listings = Listings(files.ttl_seconds)
+        self.entered: Callable[[Inode], None] = lambda directory: None  # told of each directory that is opened
+        self._listing: dict[Inode, trio.Event] = {}  # directories far away that are being read
         self._looking: dict[Inode, trio.Event] = {}  # directories whose attributes are being read since we changed names there
         if io.backing.blocking:
             descriptors.renamed = self._renamed
@@ -487,6 +489,7 @@ class FileSystem:
         inode.opens += 1
         self._last_directory += 1
         self.directories[self._last_directory] = DirectoryHandle(inode)
+        self.entered(inode)
         return self._last_directory
 
     def releasedir(self, number: int) -> None:
@@ -501,16 +504,25 @@ class FileSystem:
         """
         handle = self.directories[number]
         if handle.names is None or start == 0:
-            known = self.listings.names(handle.inode)
-            handle.names = await self._listed(handle.inode) if known is None else known
+            handle.names = await self.listed(handle.inode)
         return handle.names
 
-    async def _listed(self, directory: Inode) -> Sequence[bytes]:
-        begun = self.listings.begin()
-        names = await self.descriptors.at("readdir", directory, self.backing.listdir)
-        if self.backing.blocking:
+    async def listed(self, directory: Inode) -> Sequence[bytes]:
+        """The names in a directory: those that may be believed, else read, by one for all who ask meanwhile."""
+        if directory in self._listing:
+            await self._listing[directory].wait()
+        known = self.listings.names(directory)
+        if known is not None:
+            return known
+        if not self.backing.blocking:
+            return await self.descriptors.at("readdir", directory, self.backing.listdir)
+        begun, done = self.listings.begin(), self._listing.setdefault(directory, trio.Event())
+        try:
+            names = await self.descriptors.at("readdir", directory, self.backing.listdir)
             self.listings.read(directory, names, begun)
-        return names
+            return names
+        finally:
+            self._listing.pop(directory, done).set()
 
     async def entries(self, number: int, names: Sequence[bytes]) -> list[Inode | None]:
         """The inodes of some names of an open directory, each with one more lookup; None for those that are gone."""

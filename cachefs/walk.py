@@ -6,9 +6,14 @@ window of a sequential reader, what is fetched ahead grows from open to open. Wh
 waste, and halves the most that is fetched ahead; each use adds one to it.
 
 `Walker` does what is decided: it looks at the files that are next, and has the beginning of each fetched as readahead does it.
+Who goes through the directories of a directory in order (find, ls -R) has the next ones listed in the same way, and who has
+read one to its last file has the first files of the next ones fetched as well.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+import trio
 
 from cachefs.cache.page import PAGE_SIZE
 from cachefs.cache.readahead import Window
@@ -21,9 +26,14 @@ SKIPPED_MAX = 2  # files that may be left out between two opens
 DISORDER = 4  # files that an open may lag behind, where several are read side by side
 STREAMS_MAX = 4  # readers of one directory that are told apart
 FILES_FIRST, FILES_MAX = 4, 32  # fetched ahead at first, and at most
+FILES_BEFORE = 16  # fetched before the first open of who goes through one directory after another
 FILE_PAGES = 64  # of each: small files whole, of others what readahead would not have asked for before the second read
-WALKS_MAX = 32  # directories
+UNDER_WAY_MAX = 64  # files and directories side by side
+WALKS_MAX = 128  # directories
 NAMES_MAX = 20_000  # of one directory: to put them in order takes 20 ms
+
+
+Bring = Callable[[Inode, bytes], Awaitable[None]]  # (directory, name)
 
 
 class Stream:
@@ -73,6 +83,14 @@ class Order:
             self.wasted += stream.passed()
         return self._next(stream, most, wanted) if stream.opens >= OPENS_MIN else ()
 
+    def begin(self, most: int, wanted: Callable[[bytes], bool]) -> Sequence[bytes]:
+        """The same before the first open, unless there was one."""
+        if self.streams:
+            return ()
+        self.streams = [Stream(0)]
+        self.streams[0].opens = OPENS_MIN
+        return self._next(self.streams[0], most, wanted, most)
+
     def _stream_at(self, at: int) -> Stream:
         stream = next((stream for stream in self.streams if stream.takes(at)), None)
         if stream is None:
@@ -82,8 +100,8 @@ class Order:
         self.wasted += sum(len(other.pending) for other in dropped)
         return stream
 
-    def _next(self, stream: Stream, most: int, wanted: Callable[[bytes], bool]) -> Sequence[bytes]:
-        ahead = min(FILES_FIRST << min(stream.opens - OPENS_MIN, 10), most)
+    def _next(self, stream: Stream, most: int, wanted: Callable[[bytes], bool], least: int = 0) -> Sequence[bytes]:
+        ahead = min(max(FILES_FIRST << min(stream.opens - OPENS_MIN, 10), least), most)
         start = max(stream.stop, stream.position)
         stop = min(stream.position + ahead, len(self.names))
         if start >= stop:
@@ -105,6 +123,14 @@ class Walk:
     def opened(self, name: bytes, most: int, wanted: Callable[[bytes], bool]) -> list[bytes]:
         """A file was opened; which are to be fetched now: those `wanted` of the next `most`."""
         return list(dict.fromkeys(following for order in self.orders for following in order.opened(name, most, wanted)))
+
+    def begin(self, most: int, wanted: Callable[[bytes], bool]) -> list[bytes]:
+        """What to fetch before the first file is opened, of who is expected to go through all of them as they are listed."""
+        return list(self.orders[0].begin(most, wanted))
+
+    def is_through(self) -> bool:
+        """Whether somebody has gone on to the last file."""
+        return any(stream.position == len(order.names) for order in self.orders for stream in order.streams[:1])
 
     def account(self) -> tuple[int, int]:
         """(fetched files that were opened, fetched files that were passed by) since the last time."""
@@ -128,45 +154,60 @@ class Walker:
         self.most = FILES_MAX  # files ahead: less after waste
         self.fetched = self.used = self.wasted = 0  # files
         self._under_way = 0
-        self._walks: dict[Inode, tuple[Sequence[bytes], Walk]] = {}  # {directory: its listing, and who goes through it}
-        self.files.opened = self.opened
+        self._files_opened = False  # since the last directory was opened
+        self._goes_through = False  # somebody opens all files of one directory after another
+        # {(directory, whether it is about those in it): its listing, and who goes through its files or directories}
+        self._walks: dict[tuple[Inode, bool], tuple[Sequence[bytes], Walk]] = {}
+        self.files.opened = self.fs.entered = self.opened
 
     def opened(self, inode: Inode) -> None:
-        """Called at every open."""
-        most = min(self.most, self.files.readahead_max_pages // FILE_PAGES)
+        """Called at every open of a file, and of a directory."""
+        most = self._most_files()
         if not most or not inode.names:
             return
+        if inode.is_dir:
+            self._goes_through, self._files_opened = self._goes_through and self._files_opened, False
         directory, name = next(reversed(inode.names))
-        walk = self._walk(directory)
+        walk = self._walk(directory, inode.is_dir)
         if walk is None:
             return
-        following = walk.opened(name, most, lambda name: self._is_wanted(directory, name))
+        wanted, bring = (self._is_unlisted, self._list) if inode.is_dir else (self._is_wanted, self._fetch)
+        following = walk.opened(name, most, lambda name: wanted(directory, name))
         self._learn(*walk.account())
-        for other in following:
-            if self._under_way < FILES_MAX:
-                self._under_way += 1
-                self.tasks.start_soon(self._fetch, directory, other)
+        if not inode.is_dir:
+            self._files_opened, self._goes_through = True, self._goes_through or walk.is_through()
+        self._bring_soon(bring, directory, following)
 
-    def _walk(self, directory: Inode) -> Walk | None:
+    def _most_files(self) -> int:
+        return min(self.most, self.files.readahead_max_pages // FILE_PAGES)
+
+    def _bring_soon(self, bring: Bring, directory: Inode, names: Iterable[bytes]) -> None:
+        for name in names:
+            if self._under_way < UNDER_WAY_MAX:
+                self._under_way += 1
+                self.tasks.start_soon(self._bring, bring, directory, name)
+
+    def _walk(self, directory: Inode, of_directories: bool) -> Walk | None:
         """As long as the directory has the same names it is the same one, also while its listing has to be read anew."""
-        names, before = self.fs.listings.last(directory), self._walks.pop(directory, None)
+        key = directory, of_directories
+        names, before = self.fs.listings.last(directory), self._walks.pop(key, None)
         if before is not None and (names is None or names is before[0] or names == before[0]):
-            self._walks[directory] = before[0] if names is None else names, before[1]
+            self._walks[key] = before[0] if names is None else names, before[1]
             return before[1]
         if before is not None:
             self._learn(0, before[1].end())
         if names is None or len(names) > NAMES_MAX:
             return None
-        walk = Walk(name for name in names if self._may_be_file(directory, name))
-        self._walks[directory] = names, walk
+        walk = Walk(name for name in names if self._may_be(directory, name, of_directories))
+        self._walks[key] = names, walk
         if len(self._walks) > WALKS_MAX:
             _, oldest = self._walks.pop(next(iter(self._walks)))
             self._learn(0, oldest.end())
         return walk
 
-    def _may_be_file(self, directory: Inode, name: bytes) -> bool:
+    def _may_be(self, directory: Inode, name: bytes, a_directory: bool) -> bool:
         inode = self.fs.table.named(directory, name)
-        return inode is None or inode.is_regular
+        return inode is None or (inode.is_dir if a_directory else inode.is_regular)
 
     def _is_wanted(self, directory: Inode, name: bytes) -> bool:
         """Whether who opens the file would have to ask for anything. One that was never looked at is left alone."""
@@ -174,6 +215,12 @@ class Walker:
         if inode is None or not inode.is_regular or inode.unwritten or self.fs.io.watchdog.silent:
             return False
         return not self.files.believed(inode) or self._absent(inode)
+
+    def _is_unlisted(self, directory: Inode, name: bytes) -> bool:
+        inode = self.fs.table.named(directory, name)
+        if inode is None or not inode.is_dir or self.fs.io.watchdog.silent:
+            return False
+        return self._goes_through or self.fs.listings.names(inode) is None
 
     def _absent(self, inode: Inode) -> bool:
         end_page = min(FILE_PAGES, -(-inode.st.st_size // PAGE_SIZE))
@@ -183,24 +230,54 @@ class Walker:
         self.used += used
         self.wasted += wasted
         if wasted:
+            self._goes_through = False
             self.most = max(1, self.most // 2)
         elif used:
             self.most = min(FILES_MAX, self.most + used)
 
-    async def _fetch(self, directory: Inode, name: bytes) -> None:
-        """The attributes first, unless they are believed: who opens the file then need not ask."""
+    async def _bring(self, bring: Bring, directory: Inode, name: bytes) -> None:
         try:
-            inode = self.fs.table.named(directory, name)
-            if inode is None or not self.files.believed(inode):
-                inode = await self.fs.find(directory, name)
-            if inode.is_regular and self._absent(inode):
-                self.fetched += 1
-                await self._fill(inode)
-            self.fs.drop(inode)
+            await bring(directory, name)
         except OSError:
             return
         finally:
             self._under_way -= 1
+
+    async def _list(self, directory: Inode, name: bytes) -> None:
+        inode = self.fs.table.named(directory, name)
+        if inode is None or not inode.is_dir:
+            return
+        names = await self.fs.listed(inode)
+        if self._goes_through:
+            await self._begin(inode, names[: min(FILES_BEFORE, self._most_files())])
+        self.fs.drop(inode)
+
+    async def _begin(self, directory: Inode, names: Sequence[bytes]) -> None:
+        """Fetches the first files of a directory that nobody has opened yet."""
+        found: list[Inode] = []
+
+        async def look(name: bytes) -> None:
+            with contextlib.suppress(OSError):
+                found.append(await self.fs.find(directory, name))
+
+        async with trio.open_nursery() as nursery:
+            for name in names:
+                nursery.start_soon(look, name)
+        walk = self._walk(directory, False)
+        if walk is not None:
+            self._bring_soon(self._fetch, directory, walk.begin(len(names), lambda name: self._is_wanted(directory, name)))
+        for inode in found:
+            self.fs.drop(inode)
+
+    async def _fetch(self, directory: Inode, name: bytes) -> None:
+        """The attributes first, unless they are believed: who opens the file then need not ask."""
+        inode = self.fs.table.named(directory, name)
+        if inode is None or not self.files.believed(inode):
+            inode = await self.fs.find(directory, name)
+        if inode.is_regular and self._absent(inode):
+            self.fetched += 1
+            await self._fill(inode)
+        self.fs.drop(inode)
 
     async def _fill(self, inode: Inode) -> None:
         file = self.files.ensure_file(inode)

@@ -275,3 +275,128 @@ def test_errors_are_left_to_who_reads(tmp_path: Path) -> None:
         await read_through(world, names)
 
     over(tmp_path, test)
+
+
+# directories
+
+
+def test_the_next_directories_are_listed_before_they_are_opened(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"{number:03d}").mkdir()
+        (tmp_path / f"{number:03d}" / "file").touch()
+
+    async def test(world: World, walker: Walker) -> None:
+        names = await listed(world)
+        before = world.backing.calls["listdir"]
+        for i, name in enumerate(names):
+            number = world.fs.opendir(inode_of(world, name))
+            assert await world.fs.names(number, 0) == [b"file"]
+            await trio.testing.wait_all_tasks_blocked()
+            world.fs.releasedir(number)
+            if i == 1:
+                assert world.backing.calls["listdir"] == before + 2 + FILES_FIRST
+        assert world.backing.calls["listdir"] == before + len(names)
+        assert walker.used == len(names) - 2
+        assert (walker.fetched, walker.wasted) == (0, 0)
+
+    over(tmp_path, test)
+
+
+def test_who_asks_for_a_listing_that_is_being_read_waits_for_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    async def test(world: World, walker: Walker) -> None:
+        found: list[list[bytes]] = []
+
+        async def ask() -> None:
+            found.append(list(await world.fs.listed(world.table.root)))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(ask)
+        assert found == [[b"file"]] * 3
+        assert world.backing.calls["listdir"] == 1
+
+    over(tmp_path, test)
+
+
+def make_tree(top: Path, directories: int = 40, files: int = 3) -> None:
+    for number in range(directories):
+        directory = top / f"{number:03d}"
+        directory.mkdir()
+        for other in range(files):
+            (directory / f"{other:03d}").write_bytes(b"contents")
+
+
+async def enter(world: World, directory: Inode) -> list[bytes]:
+    """Lists a directory as find and grep do."""
+    number = world.fs.opendir(directory)
+    names = list(await world.fs.names(number, 0))
+    await world.fs.entries(number, names)
+    world.fs.releasedir(number)
+    await trio.testing.wait_all_tasks_blocked()
+    return names
+
+
+async def read_all_below(world: World, directory: Inode, names: list[bytes]) -> None:
+    for name in names:
+        inode = world.table.named(directory, name)
+        assert inode is not None
+        opened = await world.files.open(inode, os.O_RDONLY, 0)
+        assert await world.read(opened.number, 0, 99) == b"contents"
+        await world.release(opened.number)
+        await trio.testing.wait_all_tasks_blocked()
+
+
+def test_who_reads_one_directory_after_another_finds_the_files_of_the_next_ones_in_memory(tmp_path: Path) -> None:
+    make_tree(tmp_path)
+
+    async def test(world: World, walker: Walker) -> None:
+        reads: list[int] = []
+        for name in await enter(world, world.table.root):
+            directory = inode_of(world, name)
+            names = await enter(world, directory)
+            before = world.backing.calls["preadv"]
+            await read_all_below(world, directory, names)
+            reads.append(world.backing.calls["preadv"] - before)
+        assert sum(reads[:2]) > 0
+        assert not any(reads[12:])
+        assert walker.wasted == 0
+
+    over(tmp_path, test)
+
+
+def test_who_only_lists_has_no_file_fetched(tmp_path: Path) -> None:
+    make_tree(tmp_path)
+
+    async def test(world: World, walker: Walker) -> None:
+        top = await enter(world, world.table.root)
+        for name in top:
+            await enter(world, inode_of(world, name))
+        assert world.backing.calls["preadv"] == 0
+        first = inode_of(world, top[0])
+        await read_all_below(world, first, await enter(world, first))  # one that is read to its end changes that for a moment
+        clock = trio.lowlevel.current_clock()
+        assert isinstance(clock, trio.testing.MockClock)
+        clock.jump(100)
+        before = world.backing.calls["preadv"]
+        for name in top[1:]:
+            await enter(world, inode_of(world, name))
+        assert world.backing.calls["preadv"] - before <= FILES_FIRST * 3
+        assert walker.used <= 3 + len(top) * 2
+
+    over(tmp_path, test)
+
+
+def test_waste_among_files_of_the_next_directories_counts(tmp_path: Path) -> None:
+    make_tree(tmp_path, directories=200)
+
+    async def test(world: World, walker: Walker) -> None:
+        for i, name in enumerate(await enter(world, world.table.root)):
+            directory = inode_of(world, name)
+            names = await enter(world, directory)
+            await read_all_below(world, directory, names if i < 3 else names[:1])
+        assert walker.wasted > 0
+        assert walker.most < FILES_MAX
+
+    over(tmp_path, test)
