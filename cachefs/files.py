@@ -295,6 +295,7 @@ class Files:
     ) -> Opened:
         """A handle on a file just created, with the descriptor it was created with."""
         inode.opens += 1
+        inode.made = True
         self.data.created(inode, fd)
         self.ensure_file(inode)
         self.opened(inode)

@@ -233,18 +233,20 @@ class FileSystem:
             await self.files.kill_set_id(inode, gids)
 
     def _has_already(self, inode: Inode, owner: dict[str, int]) -> bool:
-        """Whether a chown would change nothing of a file far away that we are about to write: tar gives each one to who has it.
+        """Whether a chown would change nothing of a file just made far away, not written yet: tar gives each to who has it.
 
         Writing it takes away, as chown does, what is not looked at here (file capabilities).
         """
-        if not owner or not inode.unwritten or inode.st.st_mode & SET_ID or not self.files.believed(inode):
+        if not owner or not self._is_being_made(inode) or inode.st.st_mode & SET_ID:
             return False
         return all(getattr(inode.st, field) == number for field, number in owner.items())
 
+    def _is_being_made(self, inode: Inode) -> bool:
+        return inode.made and inode.unwritten and not inode.unlinked and self.files.believed(inode)
+
     async def _utime(self, inode: Inode, atime_ns: int | None, mtime_ns: int | None) -> None:
-        """Far away the times go there with unwritten data, which sets the mtime anyway, if nobody will refuse them then."""
-        ours = self._user[0] in (0, inode.st.st_uid)
-        if ours and inode.unwritten and not inode.unlinked and self.files.believed(inode):
+        """Those of a file just made far away go there with its data, which sets the mtime anyway. Nobody refuses them then."""
+        if self._is_being_made(inode):
             inode.atime_ns = inode.atime_ns if atime_ns is None else atime_ns
             inode.ctime_shown = (inode.st.st_ctime_ns, now_ns(inode))
             inode.epoch += 1

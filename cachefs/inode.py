@@ -53,8 +53,8 @@ class Inode:
     __slots__ = (
         "_lock", "advice", "atime_ns", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "done",
         "doubtful", "durable", "epoch", "error_count", "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "kept",
-        "key", "lookups", "losing", "mtime_ns", "names", "node", "noticed", "opens", "reader", "retry_at", "retry_seconds",
-        "signature", "st", "target", "tries", "unlinked", "unsure", "writer", "xattrs",
+        "key", "lookups", "losing", "made", "mtime_ns", "names", "node", "noticed", "opens", "reader", "retry_at",
+        "retry_seconds", "signature", "st", "target", "tries", "unlinked", "unsure", "writer", "xattrs",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -87,6 +87,7 @@ class Inode:
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
         self.tries = 0  # failures of writeback since it last succeeded
         self._lock: trio.Lock | None = None
+        self.made = False  # by us, as a regular file: so its owner in the backing is who we are there
         self.unlinked = False  # its last name is gone, by our doing
         self.losing = 0  # unlinks and renames of ours under way that may take its last name
         self.done, self.durable = 1, 0  # changes of ours that the backing has, and how many of them are durable there

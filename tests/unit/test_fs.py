@@ -296,6 +296,19 @@ def test_times_set_where_nothing_is_unwritten_go_there_at_once(tmp_path: Path, b
     over(tmp_path, main, blocking)
 
 
+def test_times_of_a_file_that_was_not_made_here_go_there_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    async def main(world: World) -> None:
+        inode, handle = await world.open("file")
+        await world.files.write(handle, 0, b"unwritten")
+        world.backing.set_plan([{"op": "utime", "errno": "EPERM"}])
+        with pytest.raises(PermissionError):
+            await world.fs.setattr(inode, Changes(mtime_ns=5_000_000_007), 0)
+
+    over(tmp_path, main, True)
+
+
 def test_a_file_given_to_who_has_it_is_not_given_again(tmp_path: Path) -> None:
     async def main(world: World) -> None:
         inode, handle = await world.open("file")
