@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from results import Ratio, Results
 
+SLOW_READS = ("find", "grep -r", "random 4k", "stream")
+SLOW_JOBS = ("write 64 MiB", "untar", "git", "make", "SQLite inserts", "SQLite reads")
 FUSE_PEERS = ("bindfs", "mergerfs", "unionfs", "pyfuse3", "rclone")
 
 
@@ -93,13 +95,12 @@ def _jobs(results: Results) -> list[Verdict]:
 
 
 def _slow(results: Results) -> list[Verdict]:
-    part, cases = "slow", results.cases("slow")
-    cold = [case for case in cases if case.endswith(" cold")]
-    warm = [case for case in cases if case.endswith(" warm")]
-    jobs = [case for case in cases if not case.endswith((" cold", " warm", " remounted"))]
-    lines = [at_most(f"slow, {case}, against the best peer", best_peer(results, part, case), 0.8) for case in [*cold, *jobs]]
-    for case in warm:
+    part, cold = "slow", [f"{case} cold" for case in SLOW_READS]
+    lines = [at_most(f"slow, {case}, against the best peer", best_peer(results, part, case), 0.8) for case in (*cold, *SLOW_JOBS)]
+    for case in (f"{case} warm" for case in SLOW_READS):
         lines.append(at_least(f"slow, {case}, times faster than sshfs", against(results, part, case, ("sshfs",)), 10))
+        lines.append(at_most(f"slow, {case}, against rclone", against(results, part, case, ("rclone",)), 1.0))
+    for case in (f"{case} remounted" for case in SLOW_READS):
         lines.append(at_most(f"slow, {case}, against rclone", against(results, part, case, ("rclone",)), 1.0))
     lines.append(at_least("slow, stream cold, of the way's bandwidth", against(results, part, "stream cold", ("ssh cat",)), 0.9))
     return lines

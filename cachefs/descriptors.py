@@ -14,16 +14,21 @@ from cachefs.backingio import BackingIO
 from cachefs.inode import Inode, InodeTable
 
 T = TypeVar("T")
+NAMES_CHANGE = frozenset(("create", "mknod", "mkdir", "symlink", "link", "unlink", "rmdir", "rename"))  # in the directory given
 BUDGET_MAX = 4096  # O_PATH descriptors kept open; as many again may serve data, and 10,000 is what we promise
 
 
 class Descriptors:
-    """Owns every O_PATH descriptor. `at` runs a call on one and keeps it open meanwhile."""
+    """Owns every O_PATH descriptor. `at` runs a call on one and keeps it open meanwhile.
+
+    `renamed(directory)` is told of each call that may have changed names in it, when the call is over.
+    """
 
     def __init__(self, io: BackingIO, table: InodeTable, root_fd: int, budget: int) -> None:
         self.io = io
         self.table = table
         self.budget = budget
+        self.renamed: Callable[[Inode], None] = lambda directory: None
         self._open: dict[Inode, None] = {}  # inodes with a descriptor, but the root; oldest first
         table.root.fd = root_fd
 
@@ -38,6 +43,8 @@ class Descriptors:
             return await self.io.call(op, method, fd, *args)
         finally:
             inode.fd_busy -= 1
+            if op in NAMES_CHANGE:
+                self.renamed(inode)
 
     async def at_two(self, op: str, inode: Inode, other: Inode, function: Callable[[int, int], T]) -> T:
         """`function(descriptor of inode, descriptor of other)`."""
@@ -50,6 +57,8 @@ class Descriptors:
         finally:
             inode.fd_busy -= 1
             other.fd_busy -= 1
+            for directory in (inode, other):
+                self.renamed(directory)
 
     @asynccontextmanager
     async def holding(self, inode: Inode) -> AsyncIterator[int]:

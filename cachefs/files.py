@@ -315,6 +315,7 @@ class Files:
     ) -> Opened:
         """A handle on a file just created, with the descriptor it was created with."""
         inode.opens += 1
+        inode.made = True
         self.data.created(inode, fd)
         self.ensure_file(inode)
         self.opened(inode)
@@ -489,6 +490,9 @@ class Files:
 
     async def truncate_locked(self, inode: Inode, size: int) -> None:
         """Cuts or grows the file, the backing's at once. Under `inode.lock`, so nothing of it is in writeback."""
+        if inode.atime_ns is not None:  # nothing unwritten may be left that it could go with
+            await self.descriptors.at("utime", inode, self.io.backing.utime, inode.atime_ns, None)
+            inode.atime_ns = None
         await self._truncate_backing(inode, size)
         if inode.file is not None:
             inode.mtime_ns = inode.st.st_mtime_ns
@@ -597,6 +601,7 @@ class Files:
             if file is None or not file.dirty_pages:
                 return 0
             given_up = self.cache.give_up(file)
+            inode.atime_ns = None
             self.keeper.forget(inode)
             if signature_of(st) != inode.signature:
                 self.cache.invalidate(file)

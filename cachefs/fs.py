@@ -6,6 +6,7 @@ ask has been decided before (the kernel does, by mode bits and ACLs).
 
 import contextlib
 import errno
+import math
 import os
 import stat
 import time
@@ -19,9 +20,10 @@ import trio
 from backing.base import RENAME_EXCHANGE, Entry
 from cachefs.backingio import BackingIO
 from cachefs.descriptors import Descriptors
-from cachefs.files import CLOCK_AHEAD_NS, Files, Opened
+from cachefs.files import CLOCK_AHEAD_NS, Files, Opened, now_ns
 from cachefs.handle import DirectoryHandle
 from cachefs.inode import NO_XATTRS, Inode, InodeTable, Listed
+from cachefs.listings import Listings
 from cachefs.writeback import Writeback
 
 STATS_AT_ONCE = 32  # entries of a far away directory that are looked at side by side
@@ -79,6 +81,12 @@ class FileSystem:
         self.writeback = writeback
         self.hints: VirtualAttributes | None = None  # for names that begin with HINTS
         self.directories: dict[int, DirectoryHandle] = {}
+        self.listings = Listings(files.ttl_seconds)
+        self.entered: Callable[[Inode], None] = lambda directory: None  # told of each directory that is opened
+        self._listing: dict[Inode, trio.Event] = {}  # directories far away that are being read
+        self._looking: dict[Inode, trio.Event] = {}  # directories whose attributes are being read since we changed names there
+        if io.backing.blocking:
+            descriptors.renamed = self._renamed
         self._last_directory = 0
         self._idle: dict[Inode, None] = {}  # inodes that nobody uses but that have cached pages, in the order of the last look
         self._user = (os.geteuid(), os.getegid())
@@ -174,6 +182,7 @@ class FileSystem:
         for gone in dropped:
             self.descriptors.close(gone)
             self.files.data.unsynced.pop(gone, None)
+            self.listings.forget(gone)
             self._idle.pop(gone, None)
         if not dropped and inode.file is not None and inode.file.resident_pages:
             self._idle[inode] = None
@@ -184,15 +193,39 @@ class FileSystem:
             del self._idle[inode]
             self.drop(inode)
 
+    def _renamed(self, directory: Inode) -> None:
+        """We have changed names in a directory far away: neither its listing nor its attributes are known any more.
+
+        The kernel will ask for the latter before it goes through that directory again, so they are read while it does not wait.
+        """
+        self.listings.changed(directory)
+        directory.epoch += 1
+        directory.checked_at = -math.inf
+        if directory not in self._looking and self.io.watchdog.tasks is not None:
+            self._looking[directory] = trio.Event()
+            self.io.watchdog.tasks.start_soon(self._look_again, directory)
+
+    async def _look_again(self, directory: Inode) -> None:
+        try:
+            await self.files.refresh(directory)
+        except OSError:
+            return  # whoever needs them finds out
+        finally:
+            self._looking.pop(directory).set()
+            self.drop(directory)
+
     # --- attributes ----------------------------------------------------------------------------------------------------
 
     async def getattr(self, inode: Inode) -> None:
         """Brings `inode.attributes()` up to date, if the backing answers."""
-        if inode.is_dir or not self.files.believed(inode):  # what changes in a directory changes it too, unnoticed here
+        if not self.files.believed(inode):
             await self.io.ask(self._refreshed, inode, memory=lambda: inode)
 
     async def _refreshed(self, inode: Inode) -> Inode:
-        await self.files.refresh(inode)
+        if inode in self._looking:
+            await self._looking[inode].wait()
+        if not self.files.believed(inode):
+            await self.files.refresh(inode)
         return inode
 
     async def setattr(self, inode: Inode, changes: Changes, uid: int, gids: frozenset[int] = frozenset()) -> None:
@@ -202,13 +235,28 @@ class FileSystem:
             if changes.uid is not None or changes.gid is not None or changes == Changes():  # chown(-1, -1) is one, too
                 owner, group = (-1 if number is None else number for number in (changes.uid, changes.gid))
                 known = {name: number for name, number in (("st_uid", owner), ("st_gid", group)) if number != -1}
-                await self._change(inode, "chown", self.backing.chown, owner, group, **known)
+                if self._has_already(inode, known):
+                    inode.ctime_shown = (inode.st.st_ctime_ns, now_ns(inode))
+                else:
+                    await self._change(inode, "chown", self.backing.chown, owner, group, **known)
             if changes.mode is not None:
                 await self._chmod(inode, changes.mode)
             if changes.atime_ns is not None or changes.mtime_ns is not None:
                 await self._set_times(inode, changes.atime_ns, changes.mtime_ns)
         if changes.size is not None and uid and inode.st.st_mode & SET_ID:
             await self.files.kill_set_id(inode, gids)
+
+    def _has_already(self, inode: Inode, owner: dict[str, int]) -> bool:
+        """Whether a chown would change nothing of a file just made far away, not written yet: tar gives each to who has it.
+
+        Writing it takes away, as chown does, what is not looked at here (file capabilities).
+        """
+        if not owner or not self._is_being_made(inode) or inode.st.st_mode & SET_ID:
+            return False
+        return all(getattr(inode.st, field) == number for field, number in owner.items())
+
+    def _is_being_made(self, inode: Inode) -> bool:
+        return inode.made and inode.unwritten and not inode.unlinked and self.files.believed(inode)
 
     async def _chmod(self, inode: Inode, mode: int) -> None:
         if mode & SET_ID and inode.unwritten:
@@ -218,6 +266,14 @@ class FileSystem:
         await self._change(inode, "chmod", self.backing.chmod, mode, st_mode=stat.S_IFMT(inode.st.st_mode) | mode)
 
     async def _set_times(self, inode: Inode, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """Those of a file just made far away go there with its data, which sets the mtime anyway. Nobody refuses them then."""
+        if self._is_being_made(inode):
+            inode.atime_ns = inode.atime_ns if atime_ns is None else atime_ns
+            inode.mtime_ns = inode.mtime_ns if mtime_ns is None else mtime_ns
+            inode.ctime_shown = (inode.st.st_ctime_ns, now_ns(inode))
+            inode.epoch += 1
+            self.files.keeper.changed(inode)
+            return
         await self.files.notice_locked(inode)
         self.files.keeper.touching(inode, mtime_ns)
         try:
@@ -225,8 +281,8 @@ class FileSystem:
         except OSError:
             self.files.keeper.changed(inode)  # it is as it was
             raise
-        if mtime_ns is not None:
-            inode.mtime_ns = mtime_ns
+        inode.atime_ns = inode.atime_ns if atime_ns is None else None
+        inode.mtime_ns = inode.mtime_ns if mtime_ns is None else mtime_ns
         times = (("st_atime_ns", atime_ns), ("st_mtime_ns", mtime_ns))
         await self._changed(inode, True, {name: time_ns for name, time_ns in times if time_ns is not None})
 
@@ -456,6 +512,7 @@ class FileSystem:
         inode.opens += 1
         self._last_directory += 1
         self.directories[self._last_directory] = DirectoryHandle(inode, pid, inode.opens == 1)
+        self.entered(inode)
         return self._last_directory
 
     async def is_listed(self, inode: Inode, with_attributes: bool) -> bool:
@@ -477,21 +534,47 @@ class FileSystem:
         self.drop(inode)
 
     async def listing(self, number: int, start: int) -> Sequence[Entry]:
-        """The listing of an open directory, without "." and "..": read anew when reading starts at 0, else as it was."""
+        """The listing of an open directory, without "." and "..": read anew when reading starts at 0, else as it was.
+
+        Far away it is not read where the last one may still be believed.
+        """
         handle = self.directories[number]
         if handle.listing is not None and start:
             return handle.listing
-        inode, read_at = handle.inode, trio.current_time()
-        st, listing = await self.descriptors.at("readdir", inode, self._list)
-        handle.listing = listing
+        handle.listing, listed = await (self._far_listing if self.backing.blocking else self._near_listing)(handle.inode)
         if handle.kept:
-            may_change_unseen = st.st_ctime_ns > time.time_ns() - CLOCK_AHEAD_NS  # within a tick of the clock of its times
-            inode.listed = None if may_change_unseen else Listed(st.st_mtime_ns, st.st_ctime_ns, read_at)
-        return listing
+            handle.inode.listed = listed
+        return handle.listing
 
-    def _list(self, dirfd: int) -> tuple[os.stat_result, list[Entry]]:
-        """The state is that before: what changes meanwhile makes the listing one of a state that is over."""
-        return self.backing.fstat(dirfd), self.backing.listdir(dirfd)
+    async def _near_listing(self, directory: Inode) -> tuple[Sequence[Entry], Listed | None]:
+        """The listing, and what makes it believed later: the state before, so that what changes meanwhile makes it an old one."""
+
+        def read(dirfd: int) -> tuple[os.stat_result, list[Entry]]:
+            return self.backing.fstat(dirfd), self.backing.listdir(dirfd)
+
+        read_at = trio.current_time()
+        st, listing = await self.descriptors.at("readdir", directory, read)
+        may_change_unseen = st.st_ctime_ns > time.time_ns() - CLOCK_AHEAD_NS  # within a tick of the clock of its times
+        return listing, None if may_change_unseen else Listed(st.st_mtime_ns, st.st_ctime_ns, read_at)
+
+    async def _far_listing(self, directory: Inode) -> tuple[Sequence[Entry], Listed | None]:
+        listing, read_at = await self.listed(directory), self.listings.read_at(directory)
+        return listing, None if read_at is None else Listed(0, 0, read_at)
+
+    async def listed(self, directory: Inode) -> Sequence[Entry]:
+        """What is in a directory far away: what may be believed, else read, by one for all who ask meanwhile."""
+        if directory in self._listing:
+            await self._listing[directory].wait()
+        known = self.listings.entries(directory)
+        if known is not None:
+            return known
+        begun, done = self.listings.begin(), self._listing.setdefault(directory, trio.Event())
+        try:
+            entries = await self.descriptors.at("readdir", directory, self.backing.listdir)
+            self.listings.read(directory, entries, begun)
+            return entries
+        finally:
+            self._listing.pop(directory, done).set()
 
     async def entries(self, number: int, names: Sequence[bytes]) -> list[Inode | None]:
         """The inodes of some names of an open directory, each with one more lookup; None for those that are gone."""
@@ -501,8 +584,10 @@ class FileSystem:
         errors: list[OSError] = []
 
         async def look(i: int) -> None:
+            began = trio.current_time()
             try:
                 found[i] = await self.lookup(parent, names[i])
+                self.listings.saw(parent, names[i], began)
             except FileNotFoundError:
                 return
             except OSError as error:
@@ -517,14 +602,27 @@ class FileSystem:
             return found
         try:
             async with trio.open_nursery() as nursery:
-                for i in range(len(names)):
-                    nursery.start_soon(look, i)
+                for i, name in enumerate(names):
+                    if self.listings.seconds_left(parent, name) and self._is_believed(parent, name):
+                        found[i] = self.lookup_known(parent, name)
+                    else:
+                        nursery.start_soon(look, i)
             if errors:  # a directory that cannot be read must not look like an empty one
                 raise errors[0]
         except BaseException:
             await self.unlook_all(found)
             raise
         return found
+
+    def name_seconds(self, number: int, name: bytes) -> float:
+        """How long the kernel may believe what `entries` gave for a name."""
+        if not self.backing.blocking:
+            return self.files.ttl_seconds
+        return self.listings.seconds_left(self.directories[number].inode, name)
+
+    def _is_believed(self, parent: Inode, name: bytes) -> bool:
+        inode = self.table.named(parent, name)
+        return inode is not None and self.files.believed(inode)
 
     def entries_known(self, number: int, names: Sequence[bytes]) -> list[Inode | None] | None:
         """The same from memory; None if we do not know all of them."""

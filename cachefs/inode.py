@@ -50,10 +50,10 @@ class Inode:
     """
 
     __slots__ = (
-        "_lock", "advice", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "done", "doubtful",
-        "durable", "epoch", "error_count", "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "kept", "key",
-        "listed", "lookups", "losing", "mtime_ns", "names", "node", "noticed", "opens", "reader", "retry_at", "retry_seconds",
-        "signature", "st", "target", "tries", "unlinked", "unsure", "writer", "xattrs",
+        "_lock", "advice", "atime_ns", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "done",
+        "doubtful", "durable", "epoch", "error_count", "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "kept",
+        "key", "listed", "lookups", "losing", "made", "mtime_ns", "names", "node", "noticed", "opens", "reader", "retry_at",
+        "retry_seconds", "signature", "st", "target", "tries", "unlinked", "unsure", "writer", "xattrs",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -78,6 +78,7 @@ class Inode:
         self.changes = self.changes_told = 0  # made by others: noticed so far, and when the kernel last opened it
         self.epoch = 0  # grows with every change we make, so that attributes read meanwhile are known to be stale
         self.mtime_ns = 0  # of our own last write; meaningful while file.unwritten
+        self.atime_ns: int | None = None  # to be set in the backing with the unwritten data; None = nothing to set
         self.ctime_shown = (0, 0)  # (backing's ctime, the one to show instead): writeback must not be seen as a change
         self.error_count = 0  # failures of writeback; a handle that has seen fewer reports `error_errno`
         self.error_errno = 0
@@ -85,6 +86,7 @@ class Inode:
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
         self.tries = 0  # failures of writeback since it last succeeded
         self._lock: Lock | None = None
+        self.made = False  # by us, as a regular file: so its owner in the backing is who we are there
         self.unlinked = False  # its last name is gone, by our doing
         self.losing = 0  # unlinks and renames of ours under way that may take its last name
         self.done, self.durable = 1, 0  # changes of ours that the backing has, and how many of them are durable there
@@ -133,6 +135,8 @@ class Inode:
         theirs, shown = self.ctime_shown
         if file.unwritten:
             ctime_ns = shown if theirs == st.st_ctime_ns else max(shown, st.st_ctime_ns)
+            if self.atime_ns is not None:
+                st = patched(st, st_atime_ns=self.atime_ns)
             return Attributes(st, file.size, self.mtime_ns, ctime_ns)
         return Attributes(st, file.size, st.st_mtime_ns, shown if theirs == st.st_ctime_ns else st.st_ctime_ns)
 

@@ -245,7 +245,7 @@ class FileSource:
         try:
             # A reader of our own beside the writer would be in the way of a lease as any other is.
             patience_seconds = LEASE_PATIENCE_SECONDS if inode.reader in (-1, fd) else 0.0
-            arguments = (io.backing, fd, extents, inode.mtime_ns, known)
+            arguments = (io.backing, fd, extents, (inode.atime_ns, inode.mtime_ns), known)
             written = await self._write_now(arguments) if self.data.writes_at_once(extents) else None
             if written is None:
                 written = await io.in_thread("write", write_extents, *arguments, patience_seconds)
@@ -258,6 +258,7 @@ class FileSource:
             inode.unsure = unsure or written.touched
             return written
         inode.signature, inode.unsure = (*written.signature, written.st.st_ctime_ns), False
+        inode.atime_ns = None
         if inode.st is seen:
             st = written.st
         else:  # a rename or the like of ours has read them after the thread did
@@ -289,35 +290,41 @@ class Written(NamedTuple):
 
 
 def write_extents(
-    backing: Backing, fd: int, extents: Extents, mtime_ns: int, known: tuple[int, int] | None, patience_seconds: float
+    backing: Backing,
+    fd: int,
+    extents: Extents,
+    times_ns: tuple[int | None, int],
+    known: tuple[int, int] | None,
+    patience_seconds: float,
 ) -> Written:
-    """Runs in the writeback thread. `known` are mtime and size that the backing should have; None: whatever it has.
+    """Runs in the writeback thread. `times_ns` are the atime (None: leave it) and mtime that programs see.
 
+    `known` are mtime and size that the backing should have; None: whatever it has.
     Where it can, it lets nobody open the file meanwhile: what others write then could not be told from ours. It waits for
     `patience_seconds` for those who have it open.
     """
     leased = backing.lease(fd, patience_seconds)
     try:
-        return _write_extents(backing, fd, extents, mtime_ns, known)
+        return _write_extents(backing, fd, extents, times_ns, known)
     finally:
         if leased:
             backing.unlease(fd)
 
 
 def write_unshared(
-    backing: Backing, fd: int, extents: Extents, mtime_ns: int, known: tuple[int, int] | None
+    backing: Backing, fd: int, extents: Extents, times_ns: tuple[int | None, int], known: tuple[int, int] | None
 ) -> Written | None:
     """The same with no thread and no waiting; None, and nothing done, where somebody else has the file open."""
     if not backing.lease(fd):
         return None
     try:
-        return _write_extents(backing, fd, extents, mtime_ns, known)
+        return _write_extents(backing, fd, extents, times_ns, known)
     finally:
         backing.unlease(fd)
 
 
 def _write_extents(
-    backing: Backing, fd: int, extents: Extents, mtime_ns: int, known: tuple[int, int] | None
+    backing: Backing, fd: int, extents: Extents, times_ns: tuple[int | None, int], known: tuple[int, int] | None
 ) -> Written:
     done, problem = 0, None
     try:
@@ -344,12 +351,12 @@ def _write_extents(
     restored = False
     try:
         with contextlib.suppress(PermissionError):  # not root, and somebody else's file that we may write
-            backing.utime(fd, None, mtime_ns)
+            backing.utime(fd, *times_ns)
             restored = True
         st = backing.fstat(fd)
     except OSError as error:
         return Written(done, problem or error, None)
     # A later mtime and a larger size are others' doing since then; an earlier mtime is ours where the store has coarser steps.
-    mtime_ns = min(st.st_mtime_ns, mtime_ns) if restored else st.st_mtime_ns
+    mtime_ns = min(st.st_mtime_ns, times_ns[1]) if restored else st.st_mtime_ns
     end = max(before.st_size, extents[-1][0] + sum(map(len, extents[-1][1])))
     return Written(done, problem, st, (mtime_ns, min(st.st_size, end)))

@@ -28,6 +28,7 @@ from cachefs.rules import parse_rules
 from cachefs.savings import Savings
 from cachefs.statistics import FileSystemStatistics, HistogramSnapshot, Statistics
 from cachefs.tasks import Spawner
+from cachefs.walk import Walker
 from cachefs.watch import Watcher
 from cachefs.watchdog import Unreachable
 from cachefs.writeback import Writeback
@@ -92,6 +93,7 @@ class Stack:
         )  # fmt: skip
         self.watcher = Watcher(self.descriptors, self.files, gone) if backing.watch_path(root_fd) is not None else None
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
+        self.walker = Walker(self.fs, tasks) if backing.blocking else None
         self.keeper.make_durable = functools.partial(self.io.ask, self.fs.make_durable)
         self.ledger = Ledger(self.fs)
         self.pins = Pins(self.fs, pins_file)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from backing.base import Backing
+from backing.direct import DirectDirectoryBacking
 from backing.directory import DirectoryBacking
 from backing.faulty import FaultyBacking
 from backing.latency import LatencyBacking
@@ -20,7 +21,8 @@ def make_backing(config: Config) -> Backing:
     try:
         fstype = _fstype(config.source)
         blocking = _is_distant(fstype) if config.backing == "auto" else config.backing == "network"
-        backing: Backing = DirectoryBacking(config.source, blocking, flushes=fstype not in OBJECT_STORES)
+        kind = DirectDirectoryBacking if blocking and _is_fuse(fstype) else DirectoryBacking
+        backing: Backing = kind(config.source, blocking, flushes=fstype not in OBJECT_STORES)
     except OSError as error:
         raise CachefsError(f"cannot open SOURCE {config.source}: {error.strerror}") from None
     if config.fault_plan:
@@ -51,4 +53,8 @@ def _fstype(source: str) -> str:
 
 
 def _is_distant(fstype: str) -> bool:
-    return fstype in DISTANT or fstype.startswith("fuse")
+    return fstype in DISTANT or _is_fuse(fstype)
+
+
+def _is_fuse(fstype: str) -> bool:
+    return fstype.startswith("fuse")

@@ -55,10 +55,11 @@ class WireOperations(Operations):
         super().__init__(*arguments)
         self.lookers = Lookers()
 
-    def _entry(self, inode: Inode) -> Any:
+    def _entry(self, inode: Inode, name_seconds: float | None = None) -> Any:
         seen = inode.attributes()
         attr = wire.attributes(inode.node, seen, blocks_of(seen))
-        return wire.entry(inode.node, self.ttl_seconds, self._attr_seconds(inode), attr)
+        name_seconds = self.ttl_seconds if name_seconds is None else name_seconds
+        return wire.entry(inode.node, name_seconds, self._attr_seconds(inode), attr)
 
     def _nothing(self) -> Any:
         return wire.entry(0, self.ttl_seconds, 0.0, wire.NO_ATTRIBUTES)

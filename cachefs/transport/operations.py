@@ -131,7 +131,8 @@ class Operations(pyfuse3.Operations):
         nothing.entry_timeout = self.ttl_seconds
         return nothing
 
-    def _entry(self, inode: Inode) -> EntryAttributes:
+    def _entry(self, inode: Inode, name_seconds: float | None = None) -> EntryAttributes:
+        """`name_seconds`: how long the kernel may believe the name, if that was not looked up just now."""
         seen = inode.attributes()
         st, entry = seen.st, EntryAttributes()
         entry.st_ino = InodeT(inode.node)
@@ -146,7 +147,7 @@ class Operations(pyfuse3.Operations):
         entry.st_atime_ns = st.st_atime_ns
         entry.st_mtime_ns = seen.mtime_ns
         entry.st_ctime_ns = seen.ctime_ns
-        entry.entry_timeout = self.ttl_seconds
+        entry.entry_timeout = self.ttl_seconds if name_seconds is None else name_seconds
         entry.attr_timeout = self._attr_seconds(inode)
         return entry
 
@@ -254,7 +255,10 @@ class Operations(pyfuse3.Operations):
             found = await self._entries(fh, some)
             for i, entry in enumerate(found):
                 start += 1
-                if entry is not None and not self._add(token, some[i], self._entry(entry), start):
+                if entry is None:
+                    continue
+                answer = self._entry(entry, self.fs.name_seconds(fh, some[i]))
+                if not self._add(token, some[i], answer, start):
                     for unsent in filter(None, found[i:]):
                         self.fs.forget(unsent.node, 1)
                     return

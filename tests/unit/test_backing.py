@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from backing.base import Backing
+from backing.direct import DirectDirectoryBacking
 from backing.directory import DirectoryBacking
 from backing.faulty import FaultyBacking
 from backing.latency import LatencyBacking
@@ -22,6 +25,11 @@ from backing_contract import BackingContract, refused
 class TestDirectory(BackingContract):
     def make(self, path: Path) -> Backing:
         return DirectoryBacking(path)
+
+
+class TestDirectWhereReadsNeedNotBeAligned(BackingContract):
+    def make(self, path: Path) -> Backing:
+        return DirectDirectoryBacking(path)  # on a local disk they need to be: what is not aligned is read as ever
 
 
 class TestLatencyWithoutDistance(BackingContract):
@@ -77,6 +85,24 @@ def test_the_directory_stays_the_same_when_its_name_moves(inner: DirectoryBackin
     root = inner.open_root()
     assert [entry.name for entry in inner.listdir(root)] == [b"file"]
     inner.close(root)
+
+
+def test_readers_alone_are_direct_and_one_that_cannot_be_reads_as_ever(inner: DirectoryBacking, tmp_path: Path) -> None:
+    backing = DirectDirectoryBacking(tmp_path / "source", blocking=True)
+    root = backing.open_root()
+    reader, writer = backing.open(root, b"file", os.O_RDONLY), backing.open(root, b"file", os.O_RDWR)
+    try:
+        assert not fcntl.fcntl(writer, fcntl.F_GETFL) & os.O_DIRECT
+        direct = fcntl.fcntl(reader, fcntl.F_GETFL) & os.O_DIRECT  # tmpfs may have no such thing
+        page, odd = memoryview(mmap.mmap(-1, 4096)), memoryview(bytearray(101))[1:]
+        assert backing.preadv(reader, [page], 0) == 1000
+        assert fcntl.fcntl(reader, fcntl.F_GETFL) & os.O_DIRECT == direct
+        assert backing.preadv(reader, [odd], 13) == 100
+        assert bytes(odd) == bytes(page[13:113]) == (b"0123456789" * 100)[13:113]
+    finally:
+        for opened in (reader, writer, root):
+            backing.close(opened)
+        backing.shutdown()
 
 
 def test_nowait_answers_from_memory_what_the_kernel_has_cached(inner: DirectoryBacking, fd: int) -> None:

@@ -8,11 +8,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
+import jobs
 import peers
 import report
+import slow
 import turns
 from results import Figure, Results
-from verdicts import at_least, at_most, verdicts
+from verdicts import SLOW_JOBS, SLOW_READS, at_least, at_most, verdicts
 
 
 def results(*rows: tuple[str, str, list[float]], part: str = "hits") -> Results:
@@ -64,6 +66,20 @@ def test_one_peer_that_lost_does_not_hide_behind_one_that_was_not_measured() -> 
 def test_each_promise_has_a_line_even_if_nothing_was_measured() -> None:
     assert {line.met for line in verdicts(Results())} == {None}
     assert len(verdicts(Results())) > 15
+
+
+def test_a_slow_job_is_held_against_whoever_was_quickest() -> None:
+    figures = results(("untar", "cachefs", [6.0]), ("untar", "sshfs", [8.0]), ("untar", "rclone", [0.5]), part="slow")
+    line = next(line for line in verdicts(figures) if line.asked.startswith("slow, untar"))
+    assert (line.met, line.measured) == (False, "rclone 12.00 (12.00-12.00, 1 rounds)")
+
+
+def test_every_slow_case_that_is_measured_has_a_line() -> None:
+    cases = [*(f"{case} {state}" for case in SLOW_READS for state in ("cold", "warm", "remounted")), *SLOW_JOBS]
+    asked = "\n".join(line.asked for line in verdicts(Results()))
+    assert not [case for case in cases if f"slow, {case}," not in asked]
+    there = {f"{case} {state}" for case in slow.reading(Path()) for state in ("cold", "warm", "remounted")}
+    assert set(cases) - there == {"write 64 MiB", *jobs.work_on(Path(), Path(), slow.SMALL)} - {"find", "grep -r"}
 
 
 def test_what_others_did_meanwhile_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

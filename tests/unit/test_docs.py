@@ -38,6 +38,7 @@ FOREIGN = {
 AWAITS_OF = (
     "cachefs/cache/fill.py", "cachefs/writeback.py", "cachefs/files.py", "cachefs/source.py", "cachefs/conflicts.py",
     "cachefs/watch.py", "cachefs/descriptors.py", "cachefs/watchdog.py", "cachefs/question.py",
+    "cachefs/walk.py",
 )  # fmt: skip
 
 

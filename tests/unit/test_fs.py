@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from backing.base import RENAME_EXCHANGE
 from cachefs.fs import Caller, Changes
@@ -271,3 +272,109 @@ def test_regression_while_a_rename_is_under_way_unwritten_files_are_known_by_bot
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+# what is made far away costs no more than it has to
+
+
+def test_times_set_beside_unwritten_data_go_there_with_it(tmp_path: Path) -> None:
+    async def main(world: World) -> None:
+        inode, handle = await world.open("file")
+        await world.files.write(handle, 0, b"unwritten")
+        ctime_ns = inode.attributes().ctime_ns
+        before = world.backing.calls.copy()
+        await world.fs.setattr(inode, Changes(atime_ns=3_000_000_007, mtime_ns=5_000_000_007), 0)
+        assert world.backing.calls == before
+        seen = inode.attributes()
+        assert (seen.st.st_atime_ns, seen.mtime_ns) == (3_000_000_007, 5_000_000_007)
+        assert seen.ctime_ns >= ctime_ns
+        await world.files.flush(handle)
+        assert world.backing.calls["utime"] == before["utime"] + 1
+        theirs, seen = os.stat(tmp_path / "file"), inode.attributes()
+        assert (theirs.st_atime_ns, theirs.st_mtime_ns) == (3_000_000_007, 5_000_000_007)
+        assert (seen.st.st_atime_ns, seen.mtime_ns) == (3_000_000_007, 5_000_000_007)
+        await world.files.write(handle, 0, b"more")
+        await world.files.flush(handle)
+        assert os.stat(tmp_path / "file").st_atime_ns == 3_000_000_007
+        assert os.stat(tmp_path / "file").st_mtime_ns > 5_000_000_007
+        assert not world.changed
+
+    over(tmp_path, main, True)
+
+
+def test_times_set_beside_data_that_is_cut_away_are_not_lost(tmp_path: Path) -> None:
+    async def main(world: World) -> None:
+        inode, handle = await world.open("file")
+        await world.files.write(handle, 0, b"unwritten")
+        await world.fs.setattr(inode, Changes(atime_ns=3_000_000_007, mtime_ns=5_000_000_007), 0)
+        await world.fs.setattr(inode, Changes(size=0), 0)
+        await world.files.flush(handle)
+        assert os.stat(tmp_path / "file").st_atime_ns == inode.attributes().st.st_atime_ns == 3_000_000_007
+
+    over(tmp_path, main, True)
+
+
+@both
+def test_times_set_where_nothing_is_unwritten_go_there_at_once(tmp_path: Path, blocking: bool) -> None:
+    async def main(world: World) -> None:
+        inode, _ = await world.open("file")
+        await world.fs.setattr(inode, Changes(atime_ns=3_000_000_007, mtime_ns=5_000_000_007), 0)
+        assert os.stat(tmp_path / "file").st_mtime_ns == 5_000_000_007
+
+    over(tmp_path, main, blocking)
+
+
+def test_times_of_a_file_that_was_not_made_here_go_there_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    async def main(world: World) -> None:
+        inode, handle = await world.open("file")
+        await world.files.write(handle, 0, b"unwritten")
+        world.backing.set_plan([{"op": "utime", "errno": "EPERM"}])
+        with pytest.raises(PermissionError):
+            await world.fs.setattr(inode, Changes(mtime_ns=5_000_000_007), 0)
+
+    over(tmp_path, main, True)
+
+
+def test_a_file_given_to_who_has_it_is_not_given_again(tmp_path: Path) -> None:
+    async def main(world: World) -> None:
+        inode, handle = await world.open("file")
+        await world.files.write(handle, 0, b"unwritten")
+        st, ctime_ns = inode.st, inode.attributes().ctime_ns
+        await world.fs.setattr(inode, Changes(uid=st.st_uid, gid=st.st_gid), 0)
+        assert not world.backing.calls["chown"]
+        assert inode.attributes().ctime_ns >= ctime_ns
+        await world.fs.setattr(inode, Changes(), 0)  # chown(-1, -1)
+        assert world.backing.calls["chown"] == 1
+        await world.files.flush(handle)
+        await world.fs.setattr(inode, Changes(uid=st.st_uid), 0)  # nothing is unwritten: who knows what else it takes away
+        assert world.backing.calls["chown"] == 2
+
+    over(tmp_path, main, True)
+
+
+def test_set_id_bits_go_with_a_chown_to_who_has_the_file(tmp_path: Path) -> None:
+    async def main(world: World) -> None:
+        inode, handle = await world.open("file")
+        await world.fs.setattr(inode, Changes(mode=0o104755), 0)
+        await world.files.write(handle, 0, b"unwritten")
+        await world.fs.setattr(inode, Changes(uid=inode.st.st_uid), 0)
+        assert world.backing.calls["chown"] == 1
+
+    over(tmp_path, main, True)
+
+
+def test_a_directory_is_looked_at_again_before_anybody_asks(tmp_path: Path) -> None:
+    async def main(world: World) -> None:
+        await world.fs.mkdir(world.table.root, b"d", 0o40755, Caller(os.geteuid(), os.getegid(), 0o022))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        while not world.files.believed(world.table.root):
+            await trio.sleep(0.01)
+        before = world.backing.calls.copy()
+        await world.fs.getattr(world.table.root)
+        assert world.backing.calls == before
+        assert world.table.root.st.st_nlink == os.stat(tmp_path).st_nlink
+        assert world.table.root.st.st_mtime_ns == os.stat(tmp_path).st_mtime_ns
+
+    over(tmp_path, main, True)

@@ -129,6 +129,10 @@ class World:
             return inode, opened.number
         return inode, (await self.files.open(inode, flags, 0)).number
 
+    async def names(self, number: int) -> list[bytes]:
+        """What an open directory lists from its start."""
+        return [entry.name for entry in await self.fs.listing(number, 0)]
+
     async def truncate(self, inode: Inode, size: int) -> None:
         await self.files.truncate(inode, size, 0, frozenset())
 

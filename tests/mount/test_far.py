@@ -1,0 +1,94 @@
+"""What a far away SOURCE is asked for, and how: a real sshfs, and a line that is only slow."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cachefs.walk import FILES_FIRST
+from far import FarMount, far_mount
+from mounts import wait_until
+
+pytestmark = pytest.mark.mount
+
+MIB = 1 << 20
+
+
+def flags_of(mount: FarMount, name: str) -> list[int]:
+    """The flags of the daemon's descriptors of a file of SOURCE."""
+    path, found = str(mount.sshfs.near / name), []
+    for link in Path(f"/proc/{mount.process.pid}/fd").iterdir():
+        if os.readlink(link) == path:
+            found.append(int((link.parent.parent / "fdinfo" / link.name).read_text().split("flags:")[1].split()[0], 8))
+    return [flags for flags in found if not flags & os.O_PATH]
+
+
+def test_sshfs_is_read_past_the_kernels_cache_and_written_through_it() -> None:
+    data = random.Random(1).randbytes(5 * MIB + 4321)
+    with far_mount() as mount:
+        mount.there("file").write_bytes(data)
+        with open(mount.at("file"), "rb", buffering=0) as file:
+            assert file.read(100) == data[:100]
+            assert [bool(flags & os.O_DIRECT) for flags in flags_of(mount, "file")] == [True]
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+            assert file.readall() == data
+        with open(mount.at("file"), "r+b", buffering=0) as file:
+            os.pwrite(file.fileno(), b"ours", MIB + 17)
+            os.fsync(file.fileno())
+            assert not any(flags & os.O_DIRECT for flags in flags_of(mount, "file") if flags & os.O_ACCMODE)
+        assert mount.there("file").read_bytes() == data[: MIB + 17] + b"ours" + data[MIB + 21 :]
+        assert mount.at("file").read_bytes() == mount.there("file").read_bytes()
+
+
+def reads_of(mount: Any) -> int:
+    return sum(mount.ask("status")["statistics"]["backing"]["durations"].get("read", {"counts": []})["counts"])
+
+
+def test_the_files_that_follow_are_fetched_before_they_are_opened(mounted: Callable[..., Any]) -> None:
+    mount = mounted("--backing", "network", "--simulate-latency", "5ms", "--metadata-ttl", "1h")
+    (mount.source / "d").mkdir()
+    for number in range(40):
+        (mount.source / "d" / f"f{number}").write_bytes(b"%d" % number * 1000)
+    names = os.listdir(mount.path / "d")
+    for i, name in enumerate(names):
+        number = int(name[1:])
+        assert (mount.path / "d" / name).read_bytes() == b"%d" % number * 1000
+        if i == 2:
+            wait_until(lambda: reads_of(mount) >= 3 + FILES_FIRST, "the next files are fetched")
+    assert reads_of(mount) == len(names)
+    assert mount.ask("status")["statistics"]["cache"]["readahead_unused_pages"] == 0
+
+
+def test_opens_in_no_order_fetch_one_file_each(mounted: Callable[..., Any]) -> None:
+    mount = mounted("--backing", "network", "--metadata-ttl", "1h")
+    for number in range(100):
+        (mount.source / f"f{number:02d}").write_bytes(b"x" * 100)
+    names = os.listdir(mount.path)
+    for name in (names[50], names[30], names[70], names[10]):
+        assert (mount.path / name).read_bytes() == b"x" * 100
+    assert reads_of(mount) == 4
+
+
+def test_a_directory_that_was_just_read_is_not_read_again_but_after_changes_made_here(mounted: Callable[..., Any]) -> None:
+    mount = mounted("--backing", "network", "--metadata-ttl", "1h")
+    (mount.source / "d").mkdir()
+    for number in range(50):
+        (mount.source / "d" / f"f{number}").touch()
+
+    def calls() -> int:
+        durations = mount.ask("status")["statistics"]["backing"]["durations"]
+        return sum(sum(durations[op]["counts"]) for op in ("readdir", "lookup", "stat", "open") if op in durations)
+
+    names = os.listdir(mount.path / "d")
+    assert len(names) == 50
+    before = calls()
+    assert os.listdir(mount.path / "d") == names
+    assert calls() == before
+    (mount.path / "d" / "new").touch()
+    (mount.path / "d" / "f7").unlink()
+    assert set(os.listdir(mount.path / "d")) == {*names, "new"} - {"f7"}

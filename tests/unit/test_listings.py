@@ -1,0 +1,184 @@
+"""Listings of directories far away: believed for a while, unless we change them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from backing.base import Entry
+from cachefs.fs import FileSystem
+from cachefs.inode import Inode
+from cachefs.listings import NAMES_MAX, Listings
+from world import CALLER, World
+
+TTL_SECONDS = 5.0
+Change = Callable[[FileSystem, Inode], Awaitable[object]]
+
+
+def over(top: Path, test: Callable[[World, trio.testing.MockClock], Awaitable[None]], blocking: bool = True) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            clock = trio.lowlevel.current_clock()
+            assert isinstance(clock, trio.testing.MockClock)
+            world = World(nursery, top, blocking=blocking, seed=1, ttl_seconds=TTL_SECONDS)
+            await test(world, clock)
+            world.check()
+            await world.shut()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock())
+
+
+async def listed(world: World, directory: Inode | None = None) -> dict[bytes, Inode | None]:
+    """What a program finds in a directory, by default at the top."""
+    number = world.fs.opendir(directory or world.table.root)
+    names = await world.names(number)
+    found = await world.fs.entries(number, names)
+    seconds = [world.fs.name_seconds(number, name) for name in names]
+    assert all(0 <= left <= TTL_SECONDS for left in seconds)
+    world.fs.releasedir(number)
+    return dict(zip(names, found, strict=True))
+
+
+def calls(world: World) -> int:
+    return sum(world.backing.calls.values())
+
+
+def test_a_directory_read_a_short_time_ago_costs_nothing(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        first = await listed(world)
+        assert await listed(world, first[b"empty"]) == {}
+        await world.fs.getattr(world.table.root)
+        before = calls(world)
+        clock.jump(TTL_SECONDS - 1)
+        assert await listed(world) == first
+        assert await listed(world, first[b"empty"]) == {}
+        await world.fs.getattr(world.table.root)
+        assert calls(world) == before
+        assert [inode.lookups for inode in first.values() if inode] == [2, 2, 2]
+
+    over(tmp_path, test)
+
+
+def test_what_others_changed_is_seen_after_the_ttl(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).touch()
+
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        first = await listed(world)
+        (tmp_path / "a").unlink()
+        (tmp_path / "new").touch()
+        (tmp_path / "c").rename(tmp_path / "b")
+        clock.jump(TTL_SECONDS + 0.1)
+        now = await listed(world)
+        assert sorted(now) == [b"b", b"new"]
+        assert now[b"b"] is first[b"c"]
+
+    over(tmp_path, test)
+
+
+def test_no_name_is_believed_for_longer_than_that(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        first = await listed(world)
+        number = world.fs.opendir(world.table.root)
+        assert world.fs.name_seconds(number, b"a") == TTL_SECONDS
+        clock.jump(3)
+        assert await listed(world) == first  # from memory: that makes nothing newer
+        assert world.fs.name_seconds(number, b"a") == pytest.approx(TTL_SECONDS - 3)
+        clock.jump(TTL_SECONDS)
+        assert world.fs.name_seconds(number, b"a") == 0
+        await listed(world)
+        assert world.fs.name_seconds(number, b"a") == TTL_SECONDS
+        world.fs.releasedir(number)
+
+    over(tmp_path, test)
+
+
+def test_a_local_directory_is_read_each_time(tmp_path: Path) -> None:
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        assert await listed(world) == {}
+        (tmp_path / "new").touch()
+        assert list(await listed(world)) == [b"new"]
+
+    over(tmp_path, test, blocking=False)
+
+
+CHANGES: dict[str, Change] = {
+    "create": lambda fs, top: fs.create(top, b"new", 0o100644, os.O_RDWR, CALLER),
+    "mknod": lambda fs, top: fs.mknod(top, b"new", 0o100644, 0, CALLER),
+    "mkdir": lambda fs, top: fs.mkdir(top, b"new", 0o40755, CALLER),
+    "symlink": lambda fs, top: fs.symlink(top, b"new", b"target", CALLER),
+    "unlink": lambda fs, top: fs.unlink(top, b"file"),
+    "rmdir": lambda fs, top: fs.rmdir(top, b"directory"),
+    "rename": lambda fs, top: fs.rename(top, b"file", top, b"new", 0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_our_own_changes_are_seen_at_once(tmp_path: Path, change: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "directory").mkdir()
+
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        await listed(world)
+        await CHANGES[change](world.fs, world.table.root)
+        assert sorted(await listed(world)) == sorted(map(os.fsencode, os.listdir(tmp_path)))
+        await world.fs.getattr(world.table.root)
+        assert world.table.root.st.st_mtime_ns == tmp_path.stat().st_mtime_ns
+
+    over(tmp_path, test)
+
+
+def test_a_rename_and_a_link_change_both_directories(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "directory").mkdir()
+
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        found = await listed(world)
+        directory, file = found[b"directory"], found[b"file"]
+        assert directory is not None and file is not None
+        assert await listed(world, directory) == {}
+        await world.fs.link(file, directory, b"link")
+        assert await listed(world, directory) == {b"link": file}
+        await world.fs.rename(directory, b"link", world.table.root, b"moved", 0)
+        assert await listed(world, directory) == {}
+        assert sorted(await listed(world)) == [b"directory", b"file", b"moved"]
+
+    over(tmp_path, test)
+
+
+def test_a_listing_that_a_change_of_ours_may_have_overtaken_is_not_kept(tmp_path: Path) -> None:
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        for number in range(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(listed, world)
+                nursery.start_soon(world.fs.mkdir, world.table.root, b"%d" % number, 0o40755, CALLER)
+            assert len(await listed(world)) == number + 1
+
+    over(tmp_path, test)
+
+
+def test_remembers_so_many_names_and_no_more(tmp_path: Path) -> None:
+    async def test() -> None:
+        listings, st = Listings(60), tmp_path.stat()
+        first, second = Inode(5, st), Inode(6, st)
+        for directory in (first, second):
+            listings.read(directory, [Entry(b"x", 2, 0)] * (NAMES_MAX // 2 + 1), listings.begin())
+        assert listings.entries(first) is None
+        assert listings.entries(second) is not None
+        listings.forget(second)
+        listings.read(first, [Entry(b"x", 2, 0)] * NAMES_MAX, listings.begin())
+        assert listings.entries(first) is not None
+
+    trio.run(test)
