@@ -9,24 +9,22 @@ import errno
 import math
 import os
 import stat
-import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
 import trio
 
-from backing.base import RENAME_EXCHANGE, Entry
+from backing.base import RENAME_EXCHANGE
 from cachefs.backingio import BackingIO
 from cachefs.descriptors import Descriptors
-from cachefs.files import CLOCK_AHEAD_NS, Files, Opened, now_ns
-from cachefs.handle import DirectoryHandle
-from cachefs.inode import NO_XATTRS, Inode, InodeTable, Listed
+from cachefs.directories import Directories
+from cachefs.files import Files, Opened, now_ns
+from cachefs.inode import NO_XATTRS, Inode, InodeTable
 from cachefs.listings import Listings
 from cachefs.writeback import Writeback
 
-STATS_AT_ONCE = 32  # entries of a far away directory that are looked at side by side
 HINTS = b"user.cachefs."
 ACL_DEFAULT = b"system.posix_acl_default"
 # What the kernel asks for on its own when it checks whether somebody may go somewhere or run something.
@@ -80,14 +78,11 @@ class FileSystem:
         self.files = files
         self.writeback = writeback
         self.hints: VirtualAttributes | None = None  # for names that begin with HINTS
-        self.directories: dict[int, DirectoryHandle] = {}
         self.listings = Listings(files.ttl_seconds)
-        self.entered: Callable[[Inode], None] = lambda directory: None  # told of each directory that is opened
-        self._listing: dict[Inode, trio.Event] = {}  # directories far away that are being read
+        self.directories = Directories(self, files, descriptors, self.listings)
         self._looking: dict[Inode, trio.Event] = {}  # directories whose attributes are being read since we changed names there
         if io.backing.blocking:
             descriptors.renamed = self._renamed
-        self._last_directory = 0
         self._idle: dict[Inode, None] = {}  # inodes that nobody uses but that have cached pages, in the order of the last look
         self._user = (os.geteuid(), os.getegid())
         self.statvfs_known: os.statvfs_result | None = None  # as it was last
@@ -109,7 +104,7 @@ class FileSystem:
         except FileNotFoundError:
             self.table.nothing_at(parent, name)
             raise
-        inode = self._found(parent, name, st)
+        inode = self.found(parent, name, st)
         inode.lookups += 1
         return inode
 
@@ -122,7 +117,7 @@ class FileSystem:
             if self.table.named(parent, name) is known:  # else the name was given meanwhile, after this answer
                 self.table.nothing_at(parent, name)
             raise
-        return self._found(parent, name, st)
+        return self.found(parent, name, st)
 
     def lookup_known(self, parent: Inode, name: bytes) -> Inode | None:
         """`lookup` from memory, for when the backing does not answer; None if we know of no such name."""
@@ -135,7 +130,7 @@ class FileSystem:
         """Takes a lookup back of which the kernel was not told."""
         self.forget(inode.node, 1)
 
-    def _found(self, parent: Inode, name: bytes, st: os.stat_result) -> Inode:
+    def found(self, parent: Inode, name: bytes, st: os.stat_result) -> Inode:
         inode = self.table.add(st)
         self.table.name(inode, parent, name)
         self.files.absorb(inode, st)
@@ -336,7 +331,7 @@ class FileSystem:
             finally:
                 self.backing.close(fd)
 
-        inode = self._found(parent, name, await self.descriptors.at("chown", parent, give))
+        inode = self.found(parent, name, await self.descriptors.at("chown", parent, give))
         inode.lookups += 1
         return inode
 
@@ -383,7 +378,7 @@ class FileSystem:
         except BaseException:
             self.io.close(fd)
             raise
-        inode = self._found(parent, name, st)
+        inode = self.found(parent, name, st)
         inode.lookups += 1
         return inode, self.files.open_created(inode, fd, flags, caller.uid, caller.gids, caller.pid)
 
@@ -504,156 +499,6 @@ class FileSystem:
     def _moved(self, inode: Inode) -> None:
         for moved in self.writeback.dirty if inode.is_dir else (inode,):
             self.files.keeper.moved(moved)
-
-    # --- directories ---------------------------------------------------------------------------------------------------
-
-    def opendir(self, inode: Inode, pid: int = 0) -> int:
-        """A handle. What is sent over it the kernel may keep, unless it is sent another listing at the same time."""
-        inode.opens += 1
-        self._last_directory += 1
-        self.directories[self._last_directory] = DirectoryHandle(inode, pid, inode.opens == 1)
-        self.entered(inode)
-        return self._last_directory
-
-    async def is_listed(self, inode: Inode, with_attributes: bool) -> bool:
-        """Whether the kernel's listing is as the directory is now, and has attributes that it may believe if they are wanted."""
-        listed = inode.listed
-        if listed is None:
-            return False
-        recent = trio.current_time() - listed.read_at < self.files.ttl_seconds
-        if with_attributes and not (recent and listed.with_attributes):
-            return False
-        if self.backing.blocking:
-            return recent
-        st = await self.descriptors.at("stat", inode, self.backing.fstat)
-        return (st.st_mtime_ns, st.st_ctime_ns) == (listed.mtime_ns, listed.ctime_ns)
-
-    def releasedir(self, number: int) -> None:
-        inode = self.directories.pop(number).inode
-        inode.opens -= 1
-        self.drop(inode)
-
-    async def listing(self, number: int, start: int) -> Sequence[Entry]:
-        """The listing of an open directory, without "." and "..": read anew when reading starts at 0, else as it was.
-
-        Far away it is not read where the last one may still be believed.
-        """
-        handle = self.directories[number]
-        if handle.listing is not None and start:
-            return handle.listing
-        handle.listing, listed = await (self._far_listing if self.backing.blocking else self._near_listing)(handle.inode)
-        if handle.kept:
-            handle.inode.listed = listed
-        return handle.listing
-
-    async def _near_listing(self, directory: Inode) -> tuple[Sequence[Entry], Listed | None]:
-        """The listing, and what makes it believed later: the state before, so that what changes meanwhile makes it an old one."""
-
-        def read(dirfd: int) -> tuple[os.stat_result, list[Entry]]:
-            return self.backing.fstat(dirfd), self.backing.listdir(dirfd)
-
-        read_at = trio.current_time()
-        st, listing = await self.descriptors.at("readdir", directory, read)
-        may_change_unseen = st.st_ctime_ns > time.time_ns() - CLOCK_AHEAD_NS  # within a tick of the clock of its times
-        return listing, None if may_change_unseen else Listed(st.st_mtime_ns, st.st_ctime_ns, read_at)
-
-    async def _far_listing(self, directory: Inode) -> tuple[Sequence[Entry], Listed | None]:
-        listing, read_at = await self.listed(directory), self.listings.read_at(directory)
-        return listing, None if read_at is None else Listed(0, 0, read_at)
-
-    async def listed(self, directory: Inode) -> Sequence[Entry]:
-        """What is in a directory far away: what may be believed, else read, by one for all who ask meanwhile."""
-        if directory in self._listing:
-            await self._listing[directory].wait()
-        known = self.listings.entries(directory)
-        if known is not None:
-            return known
-        begun, done = self.listings.begin(), self._listing.setdefault(directory, trio.Event())
-        try:
-            entries = await self.descriptors.at("readdir", directory, self.backing.listdir)
-            self.listings.read(directory, entries, begun)
-            return entries
-        finally:
-            self._listing.pop(directory, done).set()
-
-    async def entries(self, number: int, names: Sequence[bytes]) -> list[Inode | None]:
-        """The inodes of some names of an open directory, each with one more lookup; None for those that are gone."""
-        parent = self.directories[number].inode
-        found: list[Inode | None] = [None] * len(names)
-
-        errors: list[OSError] = []
-
-        async def look(i: int) -> None:
-            began = trio.current_time()
-            try:
-                found[i] = await self.lookup(parent, names[i])
-                self.listings.saw(parent, names[i], began)
-            except FileNotFoundError:
-                return
-            except OSError as error:
-                errors.append(error)
-
-        if not self.backing.blocking:
-            stats = await self.descriptors.at("lookup", parent, self._stat_all, names)
-            for i, st in enumerate(stats):
-                if st is not None:
-                    made = found[i] = self._found(parent, names[i], st)
-                    made.lookups += 1
-            return found
-        try:
-            async with trio.open_nursery() as nursery:
-                for i, name in enumerate(names):
-                    if self.listings.seconds_left(parent, name) and self._is_believed(parent, name):
-                        found[i] = self.lookup_known(parent, name)
-                    else:
-                        nursery.start_soon(look, i)
-            if errors:  # a directory that cannot be read must not look like an empty one
-                raise errors[0]
-        except BaseException:
-            await self.unlook_all(found)
-            raise
-        return found
-
-    def name_seconds(self, number: int, name: bytes) -> float:
-        """How long the kernel may believe what `entries` gave for a name."""
-        if not self.backing.blocking:
-            return self.files.ttl_seconds
-        return self.listings.seconds_left(self.directories[number].inode, name)
-
-    def _is_believed(self, parent: Inode, name: bytes) -> bool:
-        inode = self.table.named(parent, name)
-        return inode is not None and self.files.believed(inode)
-
-    def entries_known(self, number: int, names: Sequence[bytes]) -> list[Inode | None] | None:
-        """The same from memory; None if we do not know all of them."""
-        parent = self.directories[number].inode
-        if any(self.table.named(parent, name) is None for name in names):
-            return None
-        return [self.lookup_known(parent, name) for name in names]
-
-    async def unlook_all(self, found: Sequence[Inode | None]) -> None:
-        for inode in filter(None, found):
-            self.forget(inode.node, 1)
-
-    def _stat_all(self, dirfd: int, names: Sequence[bytes]) -> list[os.stat_result | None]:
-        found: list[os.stat_result | None] = []
-        for name in names:
-            try:
-                found.append(self.backing.stat(dirfd, name))
-            except FileNotFoundError:
-                found.append(None)
-        return found
-
-    async def fsyncdir(self, number: int) -> None:
-        def sync(dirfd: int) -> None:
-            fd = self.backing.reopen(dirfd, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                self.backing.fsync(fd, False)
-            finally:
-                self.backing.close(fd)
-
-        async with self.descriptors.holding(self.directories[number].inode) as fd:
-            await self.io.in_thread("fsync", sync, fd)
 
     # --- the rest ------------------------------------------------------------------------------------------------------
 

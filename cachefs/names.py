@@ -4,7 +4,8 @@ import contextlib
 
 import trio
 
-from cachefs.fs import STATS_AT_ONCE, FileSystem
+from cachefs.directories import STATS_AT_ONCE
+from cachefs.fs import FileSystem
 from cachefs.inode import Inode, InodeTable
 
 Memory = dict[Inode, bytes | None]

@@ -159,7 +159,7 @@ class Walker:
         self._goes_through = False  # somebody opens all files of one directory after another
         # {(directory, whether it is about those in it): its listing, and who goes through its files or directories}
         self._walks: dict[tuple[Inode, bool], tuple[Sequence[Entry], Walk]] = {}
-        self.files.opened = self.fs.entered = self.opened
+        self.files.opened = self.fs.directories.entered = self.opened
 
     def opened(self, inode: Inode) -> None:
         """Called at every open of a file, and of a directory."""
@@ -248,7 +248,7 @@ class Walker:
         inode = self.fs.table.named(directory, name)
         if inode is None or not inode.is_dir:
             return
-        entries = await self.fs.listed(inode)
+        entries = await self.fs.directories.listed(inode)
         if self._goes_through:
             await self._begin(inode, [entry.name for entry in entries[: min(FILES_BEFORE, self._most_files())]])
         self.fs.drop(inode)

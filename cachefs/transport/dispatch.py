@@ -78,7 +78,7 @@ class WireOperations(Operations):
         return listing.add(wire.direntplus(name, entry, next_offset))
 
     def _add_names(self, fh: Any, token: Any, listing: Sequence[Entry], start: int) -> bool:
-        handle, answer = self.fs.directories[fh], token
+        handle, answer = self.fs.directories.handles[fh], token
         wanted, listed = self._wants_attributes(handle.pid), handle.inode.listed
         if listed is not None and handle.kept:
             listed.with_attributes = wanted and (start <= 2 or listed.with_attributes)
@@ -96,7 +96,7 @@ class WireOperations(Operations):
 
         Over one handle at a time: of two that read the directory in different states it would make one listing.
         """
-        handle = self.fs.directories[number]
+        handle = self.fs.directories.handles[number]
         flags = wire.OPEN_KEEP_CACHE | (wire.OPEN_CACHE_DIR if handle.kept else 0)
         if handle.kept and not await self._is_listed(handle):
             handle.inode.listed = None
@@ -105,7 +105,7 @@ class WireOperations(Operations):
 
     async def _is_listed(self, handle: DirectoryHandle) -> bool:
         try:
-            return await self.fs.is_listed(handle.inode, self._wants_attributes(handle.pid))
+            return await self.fs.directories.is_listed(handle.inode, self._wants_attributes(handle.pid))
         except OSError:  # whoever reads the directory will hear of it
             return False
 

@@ -15,8 +15,9 @@ import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FlagT, FUSEError, InodeT, ModeT, RequestContext, SetattrFields
 
 from backing.base import Entry
+from cachefs.directories import STATS_AT_ONCE
 from cachefs.files import Files, Opened
-from cachefs.fs import STATS_AT_ONCE, Caller, Changes, FileSystem
+from cachefs.fs import Caller, Changes, FileSystem
 from cachefs.inode import Attributes, Inode
 from cachefs.statistics import Histogram
 
@@ -238,13 +239,13 @@ class Operations(pyfuse3.Operations):
 
     @request
     async def opendir(self, node: InodeT, ctx: RequestContext) -> FileHandleT:
-        return FileHandleT(self.fs.opendir(self._inode(node), ctx.pid))
+        return FileHandleT(self.fs.directories.open(self._inode(node), ctx.pid))
 
     @request
     async def readdir(self, fh: FileHandleT, start: int, token: pyfuse3.ReaddirToken) -> None:
-        listing = await self.ask(self.fs.listing, fh, start)
+        listing = await self.ask(self.fs.directories.listing, fh, start)
         while start < 2:  # the kernel takes no lookup count for these two
-            inode = self.fs.directories[fh].inode
+            inode = self.fs.directories.handles[fh].inode
             if not self._add(token, (b".", b"..")[start], self._entry(inode), start + 1):
                 return
             start += 1
@@ -257,7 +258,7 @@ class Operations(pyfuse3.Operations):
                 start += 1
                 if entry is None:
                     continue
-                answer = self._entry(entry, self.fs.name_seconds(fh, some[i]))
+                answer = self._entry(entry, self.fs.directories.name_seconds(fh, some[i]))
                 if not self._add(token, some[i], answer, start):
                     for unsent in filter(None, found[i:]):
                         self.fs.forget(unsent.node, 1)
@@ -272,16 +273,16 @@ class Operations(pyfuse3.Operations):
         return pyfuse3.readdir_reply(token, name, entry, next_offset)
 
     async def _entries(self, fh: FileHandleT, names: Sequence[bytes]) -> list[Inode | None]:
-        known = functools.partial(self.fs.entries_known, fh, names)
-        return await self.ask(self.fs.entries, fh, names, memory=known, undo=self.fs.unlook_all)
+        known = functools.partial(self.fs.directories.entries_known, fh, names)
+        return await self.ask(self.fs.directories.entries, fh, names, memory=known, undo=self.fs.directories.unlook_all)
 
     @request
     async def releasedir(self, fh: FileHandleT) -> None:
-        self.fs.releasedir(fh)
+        self.fs.directories.close(fh)
 
     @request
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
-        await self.ask(self.fs.fsyncdir, fh)
+        await self.ask(self.fs.directories.sync, fh)
 
     # --- files ---------------------------------------------------------------------------------------------------------
 

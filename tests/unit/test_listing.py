@@ -23,7 +23,7 @@ KEPT, NEW = wire.OPEN_CACHE_DIR | wire.OPEN_KEEP_CACHE, wire.OPEN_CACHE_DIR
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every change in SOURCE were some time ago."""
-    monkeypatch.setattr("cachefs.fs.CLOCK_AHEAD_NS", -(10**15))
+    monkeypatch.setattr("cachefs.directories.CLOCK_AHEAD_NS", -(10**15))
 
 
 def on(tmp_path: Path, main: Callable[[Stage], object], **options: object) -> None:
@@ -195,7 +195,7 @@ def test_who_wants_attributes_gets_no_listing_without_them(tmp_path: Path) -> No
     async def main(stage: Stage) -> None:
         await listed_once(stage.kernel)
         assert (await opendir(stage.kernel))[1] == KEPT
-        for number in list(stage.world.fs.directories):
+        for number in list(stage.world.fs.directories.handles):
             await releasedir(stage.kernel, number)
         for i in range(LOOKS):
             await stage.kernel.must(wire.LOOKUP, body=b"%d\0" % i)

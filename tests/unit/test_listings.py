@@ -36,12 +36,12 @@ def over(top: Path, test: Callable[[World, trio.testing.MockClock], Awaitable[No
 
 async def listed(world: World, directory: Inode | None = None) -> dict[bytes, Inode | None]:
     """What a program finds in a directory, by default at the top."""
-    number = world.fs.opendir(directory or world.table.root)
+    number = world.fs.directories.open(directory or world.table.root)
     names = await world.names(number)
-    found = await world.fs.entries(number, names)
-    seconds = [world.fs.name_seconds(number, name) for name in names]
+    found = await world.fs.directories.entries(number, names)
+    seconds = [world.fs.directories.name_seconds(number, name) for name in names]
     assert all(0 <= left <= TTL_SECONDS for left in seconds)
-    world.fs.releasedir(number)
+    world.fs.directories.close(number)
     return dict(zip(names, found, strict=True))
 
 
@@ -91,16 +91,16 @@ def test_no_name_is_believed_for_longer_than_that(tmp_path: Path) -> None:
 
     async def test(world: World, clock: trio.testing.MockClock) -> None:
         first = await listed(world)
-        number = world.fs.opendir(world.table.root)
-        assert world.fs.name_seconds(number, b"a") == TTL_SECONDS
+        number = world.fs.directories.open(world.table.root)
+        assert world.fs.directories.name_seconds(number, b"a") == TTL_SECONDS
         clock.jump(3)
         assert await listed(world) == first  # from memory: that makes nothing newer
-        assert world.fs.name_seconds(number, b"a") == pytest.approx(TTL_SECONDS - 3)
+        assert world.fs.directories.name_seconds(number, b"a") == pytest.approx(TTL_SECONDS - 3)
         clock.jump(TTL_SECONDS)
-        assert world.fs.name_seconds(number, b"a") == 0
+        assert world.fs.directories.name_seconds(number, b"a") == 0
         await listed(world)
-        assert world.fs.name_seconds(number, b"a") == TTL_SECONDS
-        world.fs.releasedir(number)
+        assert world.fs.directories.name_seconds(number, b"a") == TTL_SECONDS
+        world.fs.directories.close(number)
 
     over(tmp_path, test)
 

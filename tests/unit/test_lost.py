@@ -263,20 +263,20 @@ async def test_a_change_that_had_reached_the_backing_is_known_when_it_comes_back
 async def test_a_directory_that_hangs_has_no_lookups_left_over(world: World) -> None:
     for i in range(20):
         entry(world.top / str(i))
-    number = world.fs.opendir(world.table.root)
-    names = [listed.name for listed in await world.fs.listing(number, 0)]
+    number = world.fs.directories.open(world.table.root)
+    names = [listed.name for listed in await world.fs.directories.listing(number, 0)]
     world.backing.set_plan([{"op": "stat", "hang": True, "after": 10}])
     with refused():
-        await world.io.ask(world.fs.entries, number, names, undo=world.fs.unlook_all)
+        await world.io.ask(world.fs.directories.entries, number, names, undo=world.fs.directories.unlook_all)
     world.backing.set_plan([])
     await until(lambda: not world.io.watchdog._calls and len(world.table) == 1)
-    found = await world.fs.entries(number, names)
+    found = await world.fs.directories.entries(number, names)
     await lose(world)
-    known = world.fs.entries_known(number, names)
+    known = world.fs.directories.entries_known(number, names)
     assert known is not None and set(known) == set(found) and {inode.lookups for inode in found if inode} == {2}
-    assert world.fs.entries_known(number, [*names, b"never seen"]) is None
-    await world.fs.unlook_all(known)
-    world.fs.releasedir(number)
+    assert world.fs.directories.entries_known(number, [*names, b"never seen"]) is None
+    await world.fs.directories.unlook_all(known)
+    world.fs.directories.close(number)
 
 
 @lost(readahead_pages=0)

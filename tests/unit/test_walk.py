@@ -124,10 +124,10 @@ def make(top: Path, count: int = 60, nbytes: int = 5000) -> None:
 
 async def listed(world: World) -> list[bytes]:
     """The names of the files at the top, each looked up, as after `ls -l`."""
-    number = world.fs.opendir(world.table.root)
+    number = world.fs.directories.open(world.table.root)
     names = list(await world.names(number))
-    await world.fs.entries(number, names)
-    world.fs.releasedir(number)
+    await world.fs.directories.entries(number, names)
+    world.fs.directories.close(number)
     return names
 
 
@@ -289,10 +289,10 @@ def test_the_next_directories_are_listed_before_they_are_opened(tmp_path: Path) 
         names = await listed(world)
         before = world.backing.calls["listdir"]
         for i, name in enumerate(names):
-            number = world.fs.opendir(inode_of(world, name))
+            number = world.fs.directories.open(inode_of(world, name))
             assert await world.names(number) == [b"file"]
             await trio.testing.wait_all_tasks_blocked()
-            world.fs.releasedir(number)
+            world.fs.directories.close(number)
             if i == 1:
                 assert world.backing.calls["listdir"] == before + 2 + FILES_FIRST
         assert world.backing.calls["listdir"] == before + len(names)
@@ -309,7 +309,7 @@ def test_who_asks_for_a_listing_that_is_being_read_waits_for_it(tmp_path: Path) 
         found: list[list[bytes]] = []
 
         async def ask() -> None:
-            found.append([entry.name for entry in await world.fs.listed(world.table.root)])
+            found.append([entry.name for entry in await world.fs.directories.listed(world.table.root)])
 
         async with trio.open_nursery() as nursery:
             for _ in range(3):
@@ -330,10 +330,10 @@ def make_tree(top: Path, directories: int = 40, files: int = 3) -> None:
 
 async def enter(world: World, directory: Inode) -> list[bytes]:
     """Lists a directory as find and grep do."""
-    number = world.fs.opendir(directory)
+    number = world.fs.directories.open(directory)
     names = list(await world.names(number))
-    await world.fs.entries(number, names)
-    world.fs.releasedir(number)
+    await world.fs.directories.entries(number, names)
+    world.fs.directories.close(number)
     await trio.testing.wait_all_tasks_blocked()
     return names
 

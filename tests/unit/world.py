@@ -131,7 +131,7 @@ class World:
 
     async def names(self, number: int) -> list[bytes]:
         """What an open directory lists from its start."""
-        return [entry.name for entry in await self.fs.listing(number, 0)]
+        return [entry.name for entry in await self.fs.directories.listing(number, 0)]
 
     async def truncate(self, inode: Inode, size: int) -> None:
         await self.files.truncate(inode, size, 0, frozenset())
