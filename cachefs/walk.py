@@ -224,7 +224,7 @@ class Walker:
         return self._goes_through or self.fs.listings.entries(inode) is None
 
     def _absent(self, inode: Inode) -> bool:
-        end_page = min(FILE_PAGES, -(-inode.st.st_size // PAGE_SIZE))
+        end_page = _pages(inode)
         return bool(end_page) and (inode.file is None or bool(self.files.cache.absent_runs(inode.file, 0, end_page)))
 
     def _learn(self, used: int, wasted: int) -> None:
@@ -254,20 +254,25 @@ class Walker:
         self.fs.drop(inode)
 
     async def _begin(self, directory: Inode, names: Sequence[bytes]) -> None:
-        """Fetches the first files of a directory that nobody has opened yet."""
-        found: list[Inode] = []
+        """Fetches the first files of a directory that nobody has opened yet: of all directories ahead no more than a window."""
+        found: dict[bytes, Inode] = {}
 
         async def look(name: bytes) -> None:
             with contextlib.suppress(OSError):
-                found.append(await self.fs.find(directory, name))
+                found[name] = await self.fs.find(directory, name)
 
         async with trio.open_nursery() as nursery:
             for name in names:
                 nursery.start_soon(look, name)
+        left_pages, few = self.files.readahead_max_pages // FILES_MAX, set[bytes]()
+        for name in names:
+            left_pages -= _pages(found[name]) if name in found else 0
+            if left_pages >= 0 and self._is_wanted(directory, name):
+                few.add(name)
         walk = self._walk(directory, False)
         if walk is not None:
-            self._bring_soon(self._fetch, directory, walk.begin(len(names), lambda name: self._is_wanted(directory, name)))
-        for inode in found:
+            self._bring_soon(self._fetch, directory, walk.begin(len(few), few.__contains__))
+        for inode in found.values():
             self.fs.drop(inode)
 
     async def _fetch(self, directory: Inode, name: bytes) -> None:
@@ -291,3 +296,8 @@ class Walker:
         finally:
             inode.busy -= 1
             self.files.data.settle(inode)
+
+
+def _pages(inode: Inode) -> int:
+    """How many of a file are fetched ahead."""
+    return min(FILE_PAGES, -(-inode.st.st_size // PAGE_SIZE))

@@ -388,6 +388,31 @@ def test_who_only_lists_has_no_file_fetched(tmp_path: Path) -> None:
     over(tmp_path, test)
 
 
+def test_files_of_the_directories_ahead_take_no_more_room_than_a_window(tmp_path: Path) -> None:
+    make_tree(tmp_path, files=0)
+    for number in range(40):
+        for other in range(6):
+            (tmp_path / f"{number:03d}" / f"{other:03d}").write_bytes(b"contents".ljust(40 * PAGE_SIZE))
+
+    async def test(world: World, walker: Walker) -> None:
+        highest, most = 0, world.files.readahead_max_pages
+        for name in await enter(world, world.table.root):
+            directory = inode_of(world, name)
+            for below in await enter(world, directory):
+                inode = world.table.named(directory, below)
+                assert inode is not None
+                opened = await world.files.open(inode, os.O_RDONLY, 0)
+                await world.read(opened.number, 0, 40 * PAGE_SIZE)
+                await world.release(opened.number)
+                await trio.testing.wait_all_tasks_blocked()
+            files = [inode.file for inode in world.table if inode.file is not None]
+            ahead = sum(group.prefetched.bit_count() for file in files for group in file.groups.values())
+            highest = max(highest, ahead)
+        assert 0 < highest <= most
+
+    over(tmp_path, test, pages=16384)
+
+
 def test_waste_among_files_of_the_next_directories_counts(tmp_path: Path) -> None:
     make_tree(tmp_path, directories=200)
 
