@@ -106,8 +106,10 @@ def test_a_thread_has_the_name_of_its_process() -> None:
 
 def test_a_process_is_known_by_its_latest_name() -> None:
     """It changes with exec(2): what runs in a shell's child is not the shell."""
-    with subprocess.Popen(["sh", "-c", "read line; exec cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+    script = "echo this is sh; read line; exec cat"
+    with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None and child.stdout is not None
+        assert child.stdout.readline() == b"this is sh\n"
         assert name_of(child.pid) == "sh"
         child.stdin.write(b"go on\nword\n")
         child.stdin.flush()
