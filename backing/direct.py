@@ -32,8 +32,9 @@ class DirectDirectoryBacking(DirectoryBacking):
         try:
             return os.preadv(fd, buffers, offset)
         except OSError as error:
-            if error.errno != errno.EINVAL or not _set_direct(fd, False):
+            if error.errno != errno.EINVAL:
                 raise
+            _set_direct(fd, False)  # or another thread has
             return os.preadv(fd, buffers, offset)
 
 
@@ -44,12 +45,9 @@ def _direct(fd: int, flags: int) -> int:
     return fd
 
 
-def _set_direct(fd: int, on: bool) -> bool:
-    """Whether it was the other way before."""
+def _set_direct(fd: int, on: bool) -> None:
     with contextlib.suppress(OSError):  # the file has no such thing
         before = fcntl.fcntl(fd, fcntl.F_GETFL)
         after = before | os.O_DIRECT if on else before & ~os.O_DIRECT
         if after != before:
             fcntl.fcntl(fd, fcntl.F_SETFL, after)
-            return True
-    return False

@@ -128,7 +128,8 @@ class DirectoryBacking(Backing):
     def listdir(self, dirfd: int) -> list[Entry]:
         # By path, not descriptor: callers that share `dirfd` do not share a position then, and names come as bytes.
         with os.scandir(_path(dirfd).encode()) as entries:
-            return [Entry(entry.name, entry.inode(), _kind(entry)) for entry in entries]
+            # Far away a kind that is not known would cost a trip.
+            return [Entry(entry.name, entry.inode(), 0 if self.blocking else _kind(entry)) for entry in entries]
 
     def readlink(self, fd: int) -> bytes:
         return os.readlink(b"", dir_fd=fd)

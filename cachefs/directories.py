@@ -14,6 +14,7 @@ from cachefs.handle import DirectoryHandle
 from cachefs.inode import Inode, Listed
 from cachefs.listings import Listings
 
+COARSE_NS = 2_500_000_000  # the times of some stores go in steps of two seconds (FAT)
 STATS_AT_ONCE = 32  # entries of a far away directory that are looked at side by side
 
 
@@ -66,7 +67,7 @@ class Directories:
         if self.backing.blocking:
             return recent
         st = await self.descriptors.at("stat", inode, self.backing.fstat)
-        return (st.st_mtime_ns, st.st_ctime_ns) == (listed.mtime_ns, listed.ctime_ns)
+        return listed.stamp == (st.st_mtime_ns, st.st_ctime_ns)
 
     def close(self, number: int) -> None:
         inode = self.handles.pop(number).inode
@@ -81,10 +82,20 @@ class Directories:
         handle = self.handles[number]
         if handle.listing is not None and start:
             return handle.listing
+        again = handle.listing is not None
         handle.listing, listed = await (self._far_listing if self.backing.blocking else self._near_listing)(handle.inode)
         if handle.kept:
-            handle.inode.listed = listed
+            handle.inode.listed = None  # until the kernel has all of it
+            # It goes on behind what it has of the last reading: of two states it would make one.
+            is_same = listed is not None and handle.listed is not None and listed.stamp == handle.listed.stamp
+            handle.listed = listed if is_same or not again else None
         return handle.listing
+
+    def ended(self, number: int) -> None:
+        """The end of a listing was sent: now the kernel has all of it."""
+        handle = self.handles[number]
+        if handle.kept:
+            handle.inode.listed = handle.listed
 
     async def _near_listing(self, directory: Inode) -> tuple[Sequence[Entry], Listed | None]:
         """The listing, and what makes it believed later: the state before, so that what changes meanwhile makes it an old one."""
@@ -94,12 +105,13 @@ class Directories:
 
         read_at = trio.current_time()
         st, listing = await self.descriptors.at("readdir", directory, read)
-        may_change_unseen = st.st_ctime_ns > time.time_ns() - CLOCK_AHEAD_NS  # within a tick of the clock of its times
-        return listing, None if may_change_unseen else Listed(st.st_mtime_ns, st.st_ctime_ns, read_at)
+        step_ns = COARSE_NS if not st.st_ctime_ns % 1_000_000_000 else CLOCK_AHEAD_NS  # whole seconds: maybe the store's steps
+        may_change_unseen = st.st_ctime_ns > time.time_ns() - step_ns
+        return listing, None if may_change_unseen else Listed((st.st_mtime_ns, st.st_ctime_ns), read_at)
 
     async def _far_listing(self, directory: Inode) -> tuple[Sequence[Entry], Listed | None]:
         listing, read_at = await self.listed(directory), self.listings.read_at(directory)
-        return listing, None if read_at is None else Listed(0, 0, read_at)
+        return listing, None if read_at is None else Listed(read_at, read_at)
 
     async def listed(self, directory: Inode) -> Sequence[Entry]:
         """What is in a directory far away: what may be believed, else read, by one for all who ask meanwhile."""

@@ -104,6 +104,7 @@ class Files:
         self.handles: dict[int, Handle] = {}
         self.changed = changed
         self.advise: Callable[[Handle, str], None] = lambda handle, program: None  # told of new handles, and whose they are
+        self.handed: Callable[[Handle], None] = lambda handle: None  # the same, when it is known how they will be used
         self.ttl_seconds = metadata_ttl_seconds
         self._last_handle = 0
         self._readahead_max_bytes = readahead_max_bytes
@@ -333,6 +334,7 @@ class Files:
         program = name_of(pid)
         handle = self.handles[self._last_handle] = Handle(inode, flags, uid, gids, self.cache.accounts.open(program, uid))
         self.advise(handle, program)
+        self.handed(handle)
         return self._last_handle
 
     async def flush(self, number: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from backing.base import Entry
 from cachefs.cache.account import Account
 from cachefs.cache.readahead import Readahead
-from cachefs.inode import Inode
+from cachefs.inode import Inode, Listed
 
 
 class Handle:
@@ -29,10 +29,11 @@ class Handle:
 class DirectoryHandle:
     """An open directory. `listing` is what offsets count in: taken at the start, so that it never shifts."""
 
-    __slots__ = ("inode", "kept", "listing", "pid")
+    __slots__ = ("inode", "kept", "listed", "listing", "pid")
 
     def __init__(self, inode: Inode, pid: int, kept: bool) -> None:
         self.inode = inode
         self.pid = pid  # of the program, 0 = unknown
         self.kept = kept  # whether the kernel may keep what is sent
         self.listing: Sequence[Entry] | None = None
+        self.listed: Listed | None = None  # what the kernel has kept when it has been sent the end; None: nothing to believe

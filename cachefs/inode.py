@@ -143,10 +143,12 @@ class Inode:
 
 @dataclass(slots=True)
 class Listed:
-    """A listing that the kernel was let keep: of which state of the directory, and when it was read, with attributes or not."""
+    """A listing that the kernel was let keep: of which state of the directory, and when it was read, with attributes or not.
 
-    mtime_ns: int
-    ctime_ns: int
+    `stamp` is mtime and ctime (ns); far away, where they are not asked for, the time of the reading.
+    """
+
+    stamp: object
     read_at: float
     with_attributes: bool = False
 

@@ -247,16 +247,16 @@ class Keeper:
     def changed(self, inode: Inode) -> None:
         """Its times, or the backing's, are others now, by a change of ours.
 
-        What programs see of it is written down at once. The rest may follow: without it the backing's file counts as one
-        that a change of ours may have made another.
+        What programs see of it is written down at once, and that a change which was under way is over: what differs from now
+        on is somebody else's doing. The rest, a later ctime, may follow.
         """
         kept = inode.journaled
         if self.journal is not None and kept is not None:
-            seen = kept.record.mtime_ns != inode.mtime_ns
+            at_once = kept.record.cutting or kept.record.mtime_ns != inode.mtime_ns
             kept.record.mtime_ns = inode.mtime_ns
             kept.record.signature = inode.signature
             kept.record.cutting = False
-            if seen:
+            if at_once:
                 self._note(self.journal, kept)
             else:
                 self.journal.note_later(kept)

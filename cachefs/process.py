@@ -16,31 +16,32 @@ def name_of(pid: int) -> str:
     if not pid:
         return UNKNOWN
     try:
-        return _known_name(pid) or _name_of_process(pid) or os.fsdecode(_read(_comm(_leader_of(pid)))).rstrip("\n")
+        name = _known_name(pid)
+        if name is None and _leads(pid):
+            _remember(pid)
+            name = _known_name(pid)
+        return os.fsdecode(_read(_comm(_leader_of(pid)))).rstrip("\n") if name is None else name
     except (OSError, ValueError):
         return UNKNOWN
 
 
-def _known_name(pid: int) -> str:
-    """The name now, for it changes with exec(2); empty where it is not one of the latest processes, or that one is gone."""
+def _known_name(pid: int) -> str | None:
+    """The name now, for it changes with exec(2); None where it is not one of the latest processes, or that one is gone."""
     fd = _known.get(pid)
     if fd is None:
-        return ""
+        return None
     try:
         return os.fsdecode(os.pread(fd, NAME_BYTES, 0)).rstrip("\n")
     except ProcessLookupError:  # the number may come back: this descriptor stays the old one's
         os.close(_known.pop(pid))
-        return ""
+        return None
 
 
-def _name_of_process(pid: int) -> str:
-    """Remembers how to ask again; empty for a further thread of a process."""
-    if not _leads(pid):
-        return ""
+def _remember(pid: int) -> None:
+    """Of a process that is not known yet."""
     _known[pid] = os.open(_comm(pid), os.O_RDONLY | os.O_CLOEXEC)
     if len(_known) > KNOWN_MAX:
         os.close(_known.pop(next(iter(_known))))
-    return _known_name(pid)
 
 
 def _leads(pid: int) -> bool:

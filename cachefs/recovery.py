@@ -11,6 +11,7 @@ while the backing's file is as it was when they were written down; where it is n
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import time
@@ -69,10 +70,17 @@ class Predecessor:
                 f"{VERSION}): mount with that one, or move the directory away"
             )
 
-    @property
+    @functools.cached_property
     def rebooted(self) -> bool:
         """Whether the machine went down since. An index with no mark of a boot is what a power cut left of one."""
-        return self.found.meta.get(b"boot") != self.boot
+        mark = self.found.meta.get(b"boot")
+        if mark is None and self.found.doubtful:  # of a damaged one only the raw bytes tell
+            return not self._mentions_this_boot()
+        return mark != self.boot
+
+    def _mentions_this_boot(self) -> bool:
+        with open(self.index_path, "rb") as file:
+            return bool(self.boot) and self.boot in file.read()
 
     @property
     def trusted(self) -> bool:

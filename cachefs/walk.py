@@ -19,6 +19,7 @@ from backing.base import Entry
 from cachefs.cache.page import PAGE_SIZE
 from cachefs.cache.readahead import Window
 from cachefs.fs import FileSystem
+from cachefs.handle import Handle
 from cachefs.inode import Inode
 from cachefs.tasks import Spawner
 
@@ -159,10 +160,16 @@ class Walker:
         self._goes_through = False  # somebody opens all files of one directory after another
         # {(directory, whether it is about those in it): its listing, and who goes through its files or directories}
         self._walks: dict[tuple[Inode, bool], tuple[Sequence[Entry], Walk]] = {}
-        self.files.opened = self.fs.directories.entered = self.opened
+        self.files.handed = self.handed
+        self.fs.directories.entered = self.opened
+
+    def handed(self, handle: Handle) -> None:
+        """Called at every open of a file. Who reads here and there, or only once, has nothing fetched."""
+        if handle.readahead.most_pages and not handle.readahead.transient:
+            self.opened(handle.inode)
 
     def opened(self, inode: Inode) -> None:
-        """Called at every open of a file, and of a directory."""
+        """A file was opened, or a directory."""
         most = self._most_files()
         if not most or not inode.names:
             return
@@ -214,6 +221,8 @@ class Walker:
         """Whether who opens the file would have to ask for anything. One that was never looked at is left alone."""
         inode = self.fs.table.named(directory, name)
         if inode is None or not inode.is_regular or inode.unwritten or self.fs.io.watchdog.silent:
+            return False
+        if inode.advice not in ("", "sequential"):
             return False
         return not self.files.believed(inode) or self._absent(inode)
 

@@ -230,6 +230,7 @@ class Writeback:
 
         async def worker() -> None:
             for inode in todo:
+                await trio.lowlevel.checkpoint()  # a short batch of a local file is written without one
                 try:
                     await self.flush(inode)
                 except OSError:

@@ -213,10 +213,11 @@ class Journal:
 
     def _commit(self, puts: Sequence[Row] = (), deletes: Sequence[Key] = ()) -> None:
         """Changes the index, with what was to go along; what cannot be written now goes along with the next."""
-        deletes = [*self._undeleted, *deletes]
-        noted = [row for file in self._unnoted for row in self._noted_row(file)]
+        rows = [*(row for file in self._unnoted for row in self._noted_row(file)), *puts]
+        back = {key for _, key, _ in rows}  # a file whose record could not be deleted may have come back
+        deletes = [key for key in (*self._undeleted, *deletes) if key[1] not in back]
         try:
-            self.index.commit([*noted, *puts], deletes)
+            self.index.commit(rows, deletes)
         except BaseException:
             self._undeleted = deletes
             raise

@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from pyfuse3 import FUSEError
@@ -38,14 +38,12 @@ class Listing:
         self.parts.append(entry)
         return True
 
-    def add_names(self, entries: Iterable[Entry], next_offset: int) -> int:
-        """Adds as many as there is room for, without attributes; how many that are."""
-        count = 0
-        for entry in entries:
-            if not self.add(wire.name_alone(entry, next_offset + count)):
-                break
-            count += 1
-        return count
+    def add_names(self, listing: Sequence[Entry], start: int) -> int:
+        """Adds as many from the one at the offset `start` on as there is room for, without attributes; how many that are."""
+        for offset in range(start, len(listing) + 2):
+            if not self.add(wire.name_alone(listing[offset - 2], offset + 1)):
+                return offset - start
+        return len(listing) + 2 - start
 
 
 class WireOperations(Operations):
@@ -79,11 +77,11 @@ class WireOperations(Operations):
 
     def _add_names(self, fh: Any, token: Any, listing: Sequence[Entry], start: int) -> bool:
         handle, answer = self.fs.directories.handles[fh], token
-        wanted, listed = self._wants_attributes(handle.pid), handle.inode.listed
-        if listed is not None and handle.kept:
+        wanted, listed = self._wants_attributes(handle.pid), handle.listed
+        if listed is not None:
             listed.with_attributes = wanted and (start <= 2 or listed.with_attributes)
         if not wanted:
-            sent = answer.add_names(listing[start - 2 :], start + 1)
+            sent = answer.add_names(listing, start)
             self.lookers.listed(handle.pid, handle.inode.node, sent)
         return not wanted
 

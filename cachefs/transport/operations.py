@@ -249,7 +249,9 @@ class Operations(pyfuse3.Operations):
             if not self._add(token, (b".", b"..")[start], self._entry(inode), start + 1):
                 return
             start += 1
-        if self._add_names(fh, token, listing, start):
+        if start - 2 >= len(listing):
+            self.fs.directories.ended(fh)
+        elif self._add_names(fh, token, listing, start):
             return
         while start - 2 < len(listing):
             some = [entry.name for entry in listing[start - 2 : start - 2 + STATS_AT_ONCE]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import threading
 from collections import Counter
 
@@ -117,6 +118,18 @@ def test_a_process_is_known_by_its_latest_name() -> None:
         assert name_of(child.pid) == "cat"
         child.stdin.close()
     assert name_of(child.pid) == UNKNOWN
+
+
+def test_regression_a_process_without_a_name_costs_one_descriptor() -> None:
+    script = "import ctypes, sys; ctypes.CDLL(None).prctl(15, b''); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdout.readline()
+        assert name_of(child.pid) == ""
+        before = len(os.listdir("/proc/self/fd"))
+        assert {name_of(child.pid) for _ in range(5)} == {""}
+        assert len(os.listdir("/proc/self/fd")) == before
+        child.stdin.close()
 
 
 def test_of_many_processes_only_the_latest_are_remembered() -> None:

@@ -1,6 +1,7 @@
 """The journal: slots, records, what is found again, and what damage leaves."""
 
 import contextlib
+import errno
 import os
 import random
 from pathlib import Path
@@ -403,3 +404,23 @@ def test_slots_that_the_durable_index_names_are_not_used_again(journal: Journal)
     assert checksum(journal.data.read((entry.slot, entry.count))) == entry.checksum
     journal.unsync(file, {entry})
     assert not journal.slots.used
+
+
+def test_regression_a_file_that_could_not_be_deleted_and_came_back_is_not_deleted(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number is used again where the durable index still names it; the deletion that was left came after the new record."""
+    file = journal.add(a_record())
+    journal.put(file, 0, page(1))
+
+    def full(*rows: object, **keys: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal.index, "commit", full)
+        with pytest.raises(OSError):
+            journal.remove(file, [0], journal.seq)
+    journal.put(file, 0, page(2))
+    assert bytes_of(journal, left_by(journal), 1)[0][0] == 2 and list(left_by(journal).files) == [1]
+    journal.remove(file, [0], journal.seq)
+    assert not left_by(journal).files

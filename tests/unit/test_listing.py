@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from struct import Struct
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -233,5 +234,56 @@ def test_closing_what_was_only_read_needs_no_request(tmp_path: Path) -> None:
         for how, expected in ((os.O_RDONLY, wire.OPEN_NOFLUSH), (os.O_WRONLY, 0), (os.O_RDWR, 0)):
             flags = wire.OPENED.unpack((await stage.kernel.must(wire.OPEN, node, OPEN_IN.pack(how, 0))).data)[1]
             assert flags == wire.OPEN_DIRECT_IO | expected
+
+    on(tmp_path, main)
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("blocking", [False, True])
+def test_regression_a_listing_that_was_not_read_to_its_end_is_not_gone_on_with(tmp_path: Path, blocking: bool) -> None:
+    """The kernel appends what the next handle reads to what it has: the directory of before and that of after made one."""
+    for i in range(100):
+        (tmp_path / str(i)).touch()
+
+    async def main(stage: Stage) -> None:
+        handle, _ = await opendir(stage.kernel)
+        assert (await stage.kernel.must(wire.READDIRPLUS, NODE_OF_ROOT, transfer(handle, 0, 4096))).data
+        await releasedir(stage.kernel, handle)
+        assert (await opendir(stage.kernel))[1] == NEW
+
+    on(tmp_path, main, blocking=blocking)
+
+
+@pytest.mark.usefixtures("settled")
+def test_regression_of_a_handle_that_goes_back_to_another_state_nothing_is_believed(tmp_path: Path) -> None:
+    for i in range(100):
+        (tmp_path / str(i)).touch()
+
+    async def main(stage: Stage) -> None:
+        handle, _ = await opendir(stage.kernel)
+        assert (await stage.kernel.must(wire.READDIRPLUS, NODE_OF_ROOT, transfer(handle, 0, 4096))).data
+        (tmp_path / "new").touch()
+        await listing(stage.kernel, handle)
+        await releasedir(stage.kernel, handle)
+        assert (await listed_once(stage.kernel))[0] == NEW
+        assert (await opendir(stage.kernel))[1] == KEPT
+
+    on(tmp_path, main)
+
+
+@pytest.mark.parametrize("age_ns, ctime_ns, believed", [
+    (10**9, 1_700_000_000_000_000_000, False), (3 * 10**9, 1_700_000_000_000_000_000, True),
+    (10**9, 1_700_000_000_123_456_789, True), (10**7, 1_700_000_000_123_456_789, False),
+])  # fmt: skip
+def test_regression_where_times_go_in_whole_seconds_a_directory_has_to_be_older(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age_ns: int, ctime_ns: int, believed: bool
+) -> None:
+    async def main(stage: Stage) -> None:
+        state = SimpleNamespace(st_mtime_ns=ctime_ns, st_ctime_ns=ctime_ns)
+        monkeypatch.setattr(stage.world.backing, "fstat", lambda fd: state)
+        monkeypatch.setattr("cachefs.directories.time", SimpleNamespace(time_ns=lambda: ctime_ns + age_ns))
+        _, kept = await stage.world.fs.directories._near_listing(stage.world.table.root)
+        monkeypatch.undo()
+        assert (kept is not None) == believed
 
     on(tmp_path, main)

@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from cachefs.cache.page import PAGE_SIZE
+from cachefs.handle import Handle
 from cachefs.inode import Inode
 from cachefs.walk import DISORDER, FILE_PAGES, FILES_FIRST, FILES_MAX, OPENS_MIN, SKIPPED_MAX, STREAMS_MAX, Walk, Walker
 from world import World
@@ -423,5 +424,26 @@ def test_waste_among_files_of_the_next_directories_counts(tmp_path: Path) -> Non
             await read_all_below(world, directory, names if i < 3 else names[:1])
         assert walker.wasted > 0
         assert walker.most < FILES_MAX
+
+    over(tmp_path, test)
+
+
+@pytest.mark.parametrize("what", ["transient", "random", "advice"])
+def test_regression_what_is_read_once_or_here_and_there_has_nothing_fetched(tmp_path: Path, what: str) -> None:
+    """Who backs up with `advice=noreuse` is to leave nothing in the cache."""
+    make(tmp_path)
+
+    def advise(handle: Handle, program: str) -> None:
+        handle.readahead.transient = what == "transient"
+        handle.readahead.most_pages = 0 if what == "random" else handle.readahead.most_pages
+
+    async def test(world: World, walker: Walker) -> None:
+        names = await listed(world)
+        world.files.advise = advise
+        if what == "advice":
+            for name in names:
+                inode_of(world, name).advice = "noreuse"
+        await read_through(world, names[:10])
+        assert walker.fetched == 0
 
     over(tmp_path, test)

@@ -650,3 +650,27 @@ def test_regression_truncate_keeps_its_descriptor_open(tmp_path: Path) -> None:
         world.fs.drop(inode)
 
     over(tmp_path, main, blocking=True)
+
+
+def test_regression_writing_many_small_files_out_lets_others_have_their_turn(tmp_path: Path) -> None:
+    """Short batches of local files wait for nothing: `cachefs sync` kept hits waiting until all were written."""
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world = World(nursery, tmp_path, pages=256, at_once_bytes=1 << 16)
+            for number in range(50):
+                _, handle = await world.open(str(number))
+                await world.files.write(handle, 0, b"x")
+            written: list[int] = []
+
+            async def watch() -> None:
+                while world.writeback.dirty:
+                    written.append(len(world.writeback.dirty))
+                    await trio.lowlevel.checkpoint()
+
+            nursery.start_soon(watch)
+            assert await world.writeback.flush_all() == []
+            assert len(set(written)) >= 5
+            await world.shut()
+
+    trio.run(main)
