@@ -25,10 +25,10 @@ from cachefs.config import Config
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode, signature_of
 from cachefs.journal.index import VERSION
-from cachefs.journal.journal import DATA_FILE, INDEX_FILE, ROWS_FILE, SYNCED_FILE, Journal, JournalFile, JournalFull, sync_names
+from cachefs.journal.journal import DATA_FILE, INDEX_FILE, ROWS_FILE, SYNCED_FILE, Journal, JournalFile, JournalFull
 from cachefs.journal.load import Found, load
 from cachefs.journal.records import FileRecord, PagesRecord, checksum
-from cachefs.journal.setaside import set_aside
+from cachefs.journal.setaside import set_aside, sync_directory
 from cachefs.journal.synced import Synced
 from cachefs.stack import Stack
 from cachefs.state import make_private
@@ -221,7 +221,7 @@ class Recovery:
             os.rename(path + ".new", path)
         else:
             _remove(path)
-        sync_names(predecessor.directory)
+        sync_directory(predecessor.directory)
 
     # --- finding files -----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from cachefs.cache.page import FIRST, PAGE_SHIFT, PAGE_SIZE
 from cachefs.journal.index import VERSION, Index, Key, Row
 from cachefs.journal.records import FileRecord, PagesRecord, checksum, pack_file, pack_pages
 from cachefs.journal.rows import Rows, rows_in
+from cachefs.journal.setaside import sync_directory
 from cachefs.journal.slots import JournalFull, SlotFile, SlotMap
 
 INDEX_FILE, ROWS_FILE, DATA_FILE, SYNCED_FILE = "index.mdb", "rows", "data", "synced.mdb"
@@ -310,7 +311,7 @@ class Journal:
         if empty:
             for name in (SYNCED_FILE, INDEX_FILE, ROWS_FILE, DATA_FILE):  # the durable index alone would be believed
                 _remove(os.path.join(self.directory, name))
-            sync_names(self.directory)
+            sync_directory(self.directory)  # an index that came back after a power cut would be taken for the last one
 
     def check(self) -> None:
         """Asserts that covers, masks and slots agree."""
@@ -327,18 +328,9 @@ class Journal:
         assert runs <= self.slots.runs, "entries miscounted"
 
 
-def sync_names(directory: str) -> None:
-    """Makes durable which files a directory has: after a power cut an index that was removed would be taken for the last one."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _remove(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
-__all__ = ["Entry", "Journal", "JournalFile", "JournalFull", "sync_names"]
+__all__ = ["Entry", "Journal", "JournalFile", "JournalFull"]

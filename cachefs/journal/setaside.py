@@ -30,7 +30,7 @@ def set_aside(directory: str, slots_fd: int, record: FileRecord, pages: Sequence
     }
     _write(os.path.join(place, NOTE_FILE), lambda fd: os.write(fd, json.dumps(note, indent=1).encode()))
     for path in (place, directory):
-        _sync_directory(path)
+        sync_directory(path)
     return place
 
 
@@ -65,7 +65,8 @@ def _write(path: str, fill: object) -> None:
         os.close(fd)
 
 
-def _sync_directory(path: str) -> None:
+def sync_directory(path: str) -> None:
+    """Makes durable which files a directory has."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
