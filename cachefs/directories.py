@@ -82,13 +82,13 @@ class Directories:
         handle = self.handles[number]
         if handle.listing is not None and start:
             return handle.listing
-        again = handle.listing is not None
+        begins = handle.listing is None and not start
         handle.listing, listed = await (self._far_listing if self.backing.blocking else self._near_listing)(handle.inode)
         if handle.kept:
             handle.inode.listed = None  # until the kernel has all of it
             # It goes on behind what it has of the last reading: of two states it would make one.
             is_same = listed is not None and handle.listed is not None and listed.stamp == handle.listed.stamp
-            handle.listed = listed if is_same or not again else None
+            handle.listed = listed if begins or is_same else None
         return handle.listing
 
     def ended(self, number: int) -> None:

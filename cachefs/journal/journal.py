@@ -216,9 +216,9 @@ class Journal:
         """Changes the index, with what was to go along; what cannot be written now goes along with the next."""
         rows = [*(row for file in self._unnoted for row in self._noted_row(file)), *puts]
         back = {key for _, key, _ in rows}  # a file whose record could not be deleted may have come back
-        deletes = [key for key in (*self._undeleted, *deletes) if key[1] not in back]
+        deletes = [*self._undeleted, *deletes]
         try:
-            self.index.commit(rows, deletes)
+            self.index.commit(rows, [key for key in deletes if key[1] not in back])
         except BaseException:
             self._undeleted = deletes
             raise
