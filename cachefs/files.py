@@ -8,9 +8,9 @@ import errno
 import math
 import os
 import stat
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import clock_gettime_ns
 from typing import NamedTuple
 
 import trio
@@ -18,7 +18,7 @@ import trio
 from cachefs.backingio import BackingIO
 from cachefs.cache.file import CachedFile
 from cachefs.cache.fill import Filler
-from cachefs.cache.page import PAGE_SHIFT
+from cachefs.cache.page import PAGE_SHIFT, PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
 from cachefs.cache.readahead import Window
 from cachefs.cache.wishes import drop_transient
@@ -47,8 +47,8 @@ def now_ns(inode: Inode) -> int:
 
     The backing may take times from a finer clock; CLOCK_AHEAD_NS bounds what of that is not a clock that was set back.
     """
-    now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
-    last = max(inode.ctime_shown[1], inode.st.st_ctime_ns)
+    now, shown, theirs = clock_gettime_ns(CLOCK_REALTIME_COARSE), inode.ctime_shown[1], inode.st.st_ctime_ns
+    last = shown if shown > theirs else theirs
     return last if now < last < now + CLOCK_AHEAD_NS else now
 
 
@@ -466,11 +466,7 @@ class Files:
 
         def dirtied(at: int, nbytes: int) -> None:
             nonlocal safe
-            now = now_ns(inode)
-            inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
-            inode.epoch += 1
-            self.writeback.note(inode)
-            safe = self.keeper.wrote(inode, at, nbytes) and safe
+            safe = self._wrote(inode, at, nbytes) and safe
 
         await self.filler.write(file, offset, data, dirtied, handle.account, handle.readahead.transient)
         if not safe:
@@ -478,6 +474,31 @@ class Files:
         if handle.synchronous:
             await self.io.ask(self.fsync, number, True)
         return len(data)
+
+    def write_now(self, number: int, offset: int, data: memoryview) -> bool:
+        """`write` in plain code. False where it may have to wait: then all of it is to be written again."""
+        handle = self.handles[number]
+        inode, nbytes = handle.inode, len(data)
+        file: CachedFile = inode.file  # type: ignore[assignment]  # a handle's inode has a file
+        if (
+            not 0 < nbytes <= self.filler.piece_bytes - offset % PAGE_SIZE
+            or offset + nbytes > EXTEND_AT_ONCE_BYTES
+            or handle.synchronous
+            or (handle.uid and inode.st.st_mode & SET_ID)
+            or self.writeback.must_throttle(nbytes)
+            or not self.space.has_room(offset, nbytes, file.size, not handle.uid)
+            or not self.cache.write_now(file, offset, data, handle.account, handle.readahead.transient)
+        ):
+            return False
+        return self._wrote(inode, offset, nbytes)
+
+    def _wrote(self, inode: Inode, offset: int, nbytes: int) -> bool:
+        """The cache has these bytes. False: they have to go to the backing before they are acknowledged."""
+        now = now_ns(inode)
+        inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
+        inode.epoch += 1
+        self.writeback.note(inode)
+        return self.keeper.wrote(inode, offset, nbytes)
 
     async def _extend(self, inode: Inode, size: int) -> None:
         async with inode.lock:

@@ -64,8 +64,9 @@ class Keeper:
             kept.record.mtime_ns = inode.mtime_ns
             page, stop = offset >> PAGE_SHIFT, (offset + nbytes + PAGE_SIZE - 1) >> PAGE_SHIFT
             while page < stop:
-                count = min(stop - page, GROUP_PAGES - (page & IN_GROUP))
-                start = file.groups[page >> GROUP_SHIFT].base + ((page & IN_GROUP) << PAGE_SHIFT)
+                first = page & IN_GROUP
+                count = min(stop - page, GROUP_PAGES - first)
+                start = file.groups[page >> GROUP_SHIFT].base + (first << PAGE_SHIFT)
                 journal.put(kept, page, self._memory[start : start + (count << PAGE_SHIFT)])
                 page += count
         except (OSError, JournalFull) as error:

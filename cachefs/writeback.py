@@ -80,6 +80,7 @@ class Writeback:
         """How much may be unwritten, and how much is before writeback begins; those who wait look again."""
         self.limit_pages = self.cache.dirty_limit_pages = limit_bytes // PAGE_SIZE
         self.background_pages = background_bytes // PAGE_SIZE
+        self.free_pages = (self.background_pages + self.limit_pages) // 2  # unwritten ones beyond which writers are slowed
         self.cache.room.unpark_all()
 
     # --- writers ---------------------------------------------------------------------------------------------------
@@ -90,7 +91,8 @@ class Writeback:
 
     def note(self, inode: Inode) -> None:
         """To be called after every write to the file."""
-        self.dirty.setdefault(inode, 0)
+        if inode not in self.dirty:
+            self.dirty[inode] = 0
         if self.cache.dirty_pages > self.background_pages:
             self.kick()
 
@@ -98,16 +100,17 @@ class Writeback:
         self._wake.set()
 
     def must_throttle(self, nbytes: int) -> bool:
-        return self._level_after(nbytes) > (self.background_pages + self.limit_pages) // 2 or self.keeper.full(nbytes)
+        return self._level_after(nbytes) > self.free_pages or self.keeper.full(nbytes)
 
     def _level_after(self, nbytes: int) -> int:
         """Unwritten pages once `nbytes` more are written; of long writes the first piece counts, see `Filler.write`."""
-        return self.unwritten_pages + min(nbytes >> PAGE_SHIFT, self.limit_pages // 4)
+        cache = self.cache
+        return cache.dirty_pages + cache.writeback_pages + min(nbytes >> PAGE_SHIFT, self.limit_pages // 4)
 
     async def throttle(self, nbytes: int) -> None:
         """Holds a writer of `nbytes` back in proportion to how near the limit is; raises what stops writeback for good."""
         start = self.cache.clock()
-        free = (self.background_pages + self.limit_pages) // 2
+        free = self.free_pages
         self.kick()
         while (level := self._level_after(nbytes)) > free or self.keeper.full(nbytes):
             if level > self.limit_pages or self.keeper.full(nbytes):

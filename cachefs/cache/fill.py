@@ -186,6 +186,11 @@ class Filler:
 
     # --- writing -------------------------------------------------------------------------------------------------
 
+    @property
+    def piece_bytes(self) -> int:
+        """The most that is written at once, from the start of a page on."""
+        return max(1, min(self.cache.capacity_pages // 8, self.cache.dirty_limit_pages // 4)) * PAGE_SIZE
+
     async def write(
         self,
         file: CachedFile,
@@ -200,7 +205,7 @@ class Filler:
         `dirtied(offset, bytes)` is called after each piece: while a later one waits for room, writeback has to know of those
         before it.
         """
-        most = max(1, min(self.cache.capacity_pages // 8, self.cache.dirty_limit_pages // 4)) * PAGE_SIZE
+        most = self.piece_bytes
         view = memoryview(data)
         while view:
             step = await self._write_piece(file, offset, view[: most - offset % PAGE_SIZE], account, transient)

@@ -35,6 +35,7 @@ from cachefs.cache.policy import Policy
 from cachefs.cache.refault import Refaults
 from cachefs.statistics import CacheStatistics
 
+GROUP_BITS = GROUP_SHIFT + PAGE_SHIFT
 _BYTE_IN_GROUP = GROUP_SIZE - 1
 _NOTHING: Mapping[int, int] = {}
 
@@ -338,6 +339,39 @@ class PageCache:
         file.size = max(file.size, end)
         (account or self.accounts.nobody).write_bytes += len(data)
 
+    def write_now(self, file: CachedFile, offset: int, data: memoryview, account: Account, transient: bool) -> bool:
+        """`write` inside one group, where nothing has to be read or waited for first; False, and nothing written, if it has.
+
+        What most writes need: without lists of groups, and of a page that is dirty already little but the copy.
+        """
+        end = offset + len(data)
+        index, first = offset >> GROUP_BITS, offset >> PAGE_SHIFT & IN_GROUP
+        count = ((end - 1) >> PAGE_SHIFT) - (offset >> PAGE_SHIFT) + 1
+        if first + count > GROUP_PAGES:
+            return False
+        mask = FIRST[count] << first
+        group = file.groups.get(index)
+        dirty, uptodate = (group.dirty, group.uptodate) if group is not None else (0, 0)
+        if mask & ~dirty:
+            unwritten = self.dirty_pages + self.writeback_pages + (mask & ~dirty).bit_count()
+            if unwritten > self.dirty_limit_pages or (group is not None and group.filling & mask):
+                return False
+            if mask & ~uptodate and self.pages_to_fill(file, offset, len(data)):
+                return False
+        if group is None or mask & ~uptodate:
+            try:
+                self._make_room((mask & ~uptodate).bit_count(), {key_of(file.id, index): mask})
+                group = self._group(file, index, first + count)
+            except (NoRoom, Busy):
+                return False
+        self._write_group(group, mask, offset, data)
+        if transient or file.transient:
+            self._mark(group, mask, transient)
+        if end > file.size:
+            file.size = end
+        account.write_bytes += len(data)
+        return True
+
     def _unwritten_after(self, file: CachedFile, parts: list[tuple[int, int, int]]) -> int:
         count = self.dirty_pages + self.writeback_pages
         for index, first, last in parts:
@@ -350,29 +384,35 @@ class PageCache:
         return (mask if group is None else mask & ~group.uptodate).bit_count()
 
     def _write_group(self, group: Group, mask: int, offset: int, data: bytes | memoryview) -> None:
-        file, old = group.file, group.uptodate & mask
-        new = mask & ~old
-        self.arena.touch(group, mask)
         start = group.base + (offset & _BYTE_IN_GROUP)
         stop = start + len(data)
-        if new:  # bytes of new pages that `data` does not cover are past the end of the file, or a hole
-            if new & mask & -mask:
-                self.arena.zero(start & -PAGE_SIZE, start)
-            if new >> (mask.bit_length() - 1):
-                self.arena.zero(stop, -(-stop // PAGE_SIZE) * PAGE_SIZE)
-            self._count_resident(file, new.bit_count())
-            self.policy.admit(group.key, new)
-            self._remember_no_more(group, new)
+        old = group.uptodate & mask
+        if old != mask:
+            self._add_written(group, mask, mask & ~old, start, stop)
         if old:
             fresh = group.prefetched & old
             if fresh:
                 self._first_use(group, fresh)
             self.policy.touch(group.key, old)
         self._view[start:stop] = data
-        added = (mask & ~group.dirty).bit_count()
-        self._count_redirtied(file, (mask & ~group.dirty & group.writeback).bit_count())
-        group.make_dirty(mask, self.clock())
-        self._count_dirty(group, added)
+        added = mask & ~group.dirty
+        if added:
+            redirtied = added & group.writeback
+            if redirtied:
+                self._count_redirtied(group.file, redirtied.bit_count())
+            group.make_dirty(added, self.clock())
+            self._count_dirty(group, added.bit_count())
+
+    def _add_written(self, group: Group, mask: int, new: int, start: int, stop: int) -> None:
+        """Pages `new` of `mask` come, with bytes [start, stop) of the arena. The rest is past the file's end, or a hole."""
+        self.arena.touch(group, new)
+        if new & mask & -mask:
+            self.arena.zero(start & -PAGE_SIZE, start)
+        if new >> (mask.bit_length() - 1):
+            self.arena.zero(stop, -(-stop // PAGE_SIZE) * PAGE_SIZE)
+        self._count_resident(group.file, new.bit_count())
+        self.policy.admit(group.key, new)
+        self._remember_no_more(group, new)
 
     def start_writeback(self, group: Group, mask: int) -> None:
         """DIRTY pages `mask` go to the writeback thread."""

@@ -143,6 +143,11 @@ class Journal:
             slot, pack_pages(seq, record.file, page, slot, 1, digest, record.size, record.mtime_ns, ONE_LIVE)
         )
         old = cover.get(page)
+        if old is not None and old.count == 1 and not old.synced:
+            self.rows.clear(old.slot)
+            self.slots.give_one(old.slot)
+            old.seq, old.slot, old.checksum = seq, slot, digest
+            return
         cover[page] = Entry(seq, page, slot, 1, digest)
         if old is not None:
             self._lose(file, old, page)

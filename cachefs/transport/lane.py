@@ -26,13 +26,14 @@ from cachefs.transport.dispatch import Answer, Dispatch, WireOperations
 from cachefs.transport.negotiate import REQUEST_MAX_BYTES
 from cachefs.transport.quick import Quick
 from cachefs.transport.waiting import Waiting
-from cachefs.transport.wire import IN_HEADER, OUT_HEADER, READ, READ_BYTES, REQUEST, Request
+from cachefs.transport.wire import IN_HEADER, OUT_HEADER, READ, READ_BYTES, REQUEST, WRITE, WRITE_DATA, WRITTEN, Request
 
 log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.0005  # at most that long without a turn for other tasks, however many hits there are
 WORKERS_MAX = 500  # requests under way at once: some hundred that wait for SOURCE must not keep hits from being answered
 IDLE_MAX = 8  # workers kept for the next requests that wait
+HEADER_BYTES = IN_HEADER.size
 GONE = (errno.ENOENT, errno.ENODEV, errno.EPERM, errno.ECONNABORTED)  # nobody waits for that answer any more
 
 
@@ -51,6 +52,7 @@ class Lane:
         self._quick = Quick(operations).handlers
         self._files = operations.files
         self._read_durations: Histogram = operations.durations["read"]
+        self._write_durations: Histogram = operations.durations["write"]
         self._waiting = Waiting(fd)
         self._turn_began = 0.0
         self._workers = 0
@@ -102,20 +104,26 @@ class Lane:
     async def _work(self) -> None:
         """One worker, the leader at first. Its buffer is its own: a request that waits keeps what it has not used yet."""
         buffer = bytearray(REQUEST_MAX_BYTES)
-        vector, body, unpack = [buffer], memoryview(buffer)[IN_HEADER.size :], REQUEST.unpack_from
+        vector, body, unpack = [buffer], memoryview(buffer)[HEADER_BYTES:], REQUEST.unpack_from
         quick = self._quick
         try:
             while length := await self._receive(vector):
                 said, opcode, unique, node, uid, gid, pid, _, handle, offset, size = unpack(buffer)
-                if length != said or length < IN_HEADER.size:
+                if length != said or length < HEADER_BYTES:
                     self._refuse(length, opcode, unique)
-                elif opcode != READ or length != READ_BYTES or not self._answer_hit(unique, handle, offset, size):
-                    request = Request(unique, node, uid, gid, pid, body[: length - IN_HEADER.size])
+                    continue
+                if opcode == READ:
+                    answered = length == READ_BYTES and self._answer_hit(unique, handle, offset, size)
+                elif opcode == WRITE:
+                    data = body[WRITE_DATA : length - HEADER_BYTES]
+                    answered = self._answer_write(unique, handle, offset, size, data)
+                else:
+                    answered = False
+                if not answered:
+                    request = Request(unique, node, uid, gid, pid, body[: length - HEADER_BYTES])
                     if opcode in quick and (answer := quick[opcode](request)) is not None:
                         self._answer(unique, answer)
-                        continue
-                    waited = await until_it_waits(self._serve(opcode, request), self._hand_on)
-                    if waited and not await self._wait_for_lead():
+                    elif await until_it_waits(self._serve(opcode, request), self._hand_on) and not await self._wait_for_lead():
                         break
         finally:
             self._workers -= 1
@@ -188,6 +196,18 @@ class Lane:
             self._files.prefetch(hit)  # after the reply: to make room could take the pages from under it
         return True
 
+    def _answer_write(self, unique: int, handle: int, offset: int, size: int, data: memoryview) -> bool:
+        """Answers a WRITE that has nothing to wait for; False, and it is to be done anew, if it has, or cannot be done."""
+        start = time.perf_counter()
+        try:
+            if len(data) != size or not self._files.write_now(handle, offset, data):
+                return False
+        except Exception:  # the other way tells what went wrong
+            return False
+        self._answer(unique, WRITTEN.pack(size, 0))
+        self._write_durations.observe(time.perf_counter() - start)
+        return True
+
     async def _serve(self, opcode: int, request: Request) -> None:
         """Handles a request and answers it; whatever goes wrong is an errno for whoever asked, and no more."""
         handler = self._handlers.get(opcode)
@@ -207,7 +227,7 @@ class Lane:
 
     def _refuse(self, length: int, opcode: int, unique: int) -> None:
         log.error("a request of kind %d cannot be understood: it has %d bytes", opcode, length)
-        if length >= IN_HEADER.size:
+        if length >= HEADER_BYTES:
             self._answer_error(unique, errno.EIO)
 
     # --- answers --------------------------------------------------------------------------------------------------------

@@ -95,6 +95,24 @@ def test_a_file_is_found_read_written_and_let_go_of(tmp_path: Path) -> None:
     trio.run(main)
 
 
+def test_a_write_of_whole_pages_waits_for_nobody_and_is_counted(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with staged(tmp_path) as stage:
+            kernel = stage.kernel
+            stage.hold("write")
+            node, handle = await kernel.open(b"f")
+            written = await kernel.must(wire.WRITE, node, transfer(handle, PAGE_SIZE, PAGE_SIZE, b"w" * PAGE_SIZE))
+            assert wire.WRITTEN.unpack(written.data) == (PAGE_SIZE, 0) and stage.count("write") == 1
+            waits = kernel.send(wire.WRITE, node, transfer(handle, 1, 2, b"--"))  # the rest of its page is read first
+            await kernel.must(wire.STATFS)
+            assert stage.count("write") == 1
+            stage.gate.set()
+            assert wire.WRITTEN.unpack((await kernel.reply(waits)).data) == (2, 0) and stage.count("write") == 2
+            assert (await kernel.must(wire.READ, node, transfer(handle, 0, 4))).data == DATA[:1] + b"--" + DATA[3:4]
+
+    trio.run(main)
+
+
 def test_lookups_are_taken_back_together_and_one_by_one(tmp_path: Path) -> None:
     async def main() -> None:
         async with staged(tmp_path) as stage:

@@ -227,6 +227,56 @@ def test_only_pages_that_are_covered_in_part_and_hold_data_are_to_be_filled() ->
     assert cache.pages_to_fill(file, 1, P) == [1]
 
 
+places = st.tuples(st.integers(0, 20 * P) | st.integers(GROUP_SIZE - 3 * P, GROUP_SIZE + P), st.integers(1, 4 * P))
+
+
+@given(st.lists(st.tuples(st.sampled_from(("write", "fill", "written", "drop")), places, st.booleans()), max_size=25))
+def test_write_now_does_what_write_does_or_nothing(steps: list[tuple[str, tuple[int, int], bool]]) -> None:
+    one, other = Checked("lru", 24), Checked("lru", 24)
+    one.dirty_limit_pages = other.dirty_limit_pages = 12
+    here, there = one.file(10 * P + 100), other.file(10 * P + 100)
+    for byte, (what, (offset, length), transient) in enumerate(steps):
+        for cache, file in ((one, here), (other, there)):
+            if what == "drop":
+                cache.drop(file)
+            elif what == "written":
+                cache.written(file)
+            elif what == "fill" and cache.absent_runs(file, offset // P, offset // P + 1) and offset < file.size:
+                cache.bring(file, offset // P)
+        if what == "write":
+            data = memoryview(bytes([byte + 1]) * length)
+            before = one.statistics()
+            if one.write_now(here, offset, data, one.accounts.nobody, transient):
+                assert not other.pages_to_fill(there, offset, length) and not other.fills_of(there, 0, 1 << 20)
+                other.write(there, offset, data, transient=transient)
+            elif one.resident_pages == before.resident_bytes // P:
+                assert one.statistics() == before
+            else:  # room was made, in vain
+                return
+        one.check_invariants()
+        assert one.statistics() == other.statistics()
+        assert here.size == there.size and here.transient == there.transient and list(here.groups) == list(there.groups)
+        for index, group in here.groups.items():
+            twin = there.groups[index]
+            assert (group.dirty, group.uptodate, group.touched) == (twin.dirty, twin.uptodate, twin.touched)
+            start, end = index * GROUP_SIZE, min((index + 1) * GROUP_SIZE, here.size)
+            for at in range(start, end, P):
+                assert one.peek(here, at, min(at + P, end)) == other.peek(there, at, min(at + P, end))
+
+
+def test_write_now_leaves_alone_what_a_thread_is_reading() -> None:
+    cache = Checked("lru", 64)
+    file = cache.file(4 * P)
+    fill = cache.begin(file, 1)
+    data = memoryview(b"x" * P)
+    assert not cache.write_now(file, P, data, cache.accounts.nobody, False)
+    assert not cache.write_now(file, 2 * P + 1, data[:9], cache.accounts.nobody, False)  # would have to be read first
+    cache.end(fill)
+    assert cache.write_now(file, P, data, cache.accounts.nobody, False)
+    assert not cache.write_now(file, GROUP_SIZE - 1, data[:2], cache.accounts.nobody, False)  # in two groups
+    cache.check_invariants()
+
+
 def test_a_write_into_a_hole_leaves_zeros_around_it(make_cache: Callable[[int], Checked]) -> None:
     cache = make_cache(64)
     old = cache.file(3 * P)
