@@ -54,7 +54,8 @@ class JournalFile:
 class Journal:
     """Slots, rows, index and what is known of them. `directory` is this mount's alone.
 
-    Raises JournalFull where pages have to be written back first, OSError where the disk refuses; then nothing has changed.
+    Raises JournalFull where pages have to be written back first, and nothing has changed. OSError where the disk refuses: some of
+    the pages may have been written down.
     """
 
     def __init__(
@@ -108,6 +109,10 @@ class Journal:
         if len(data) == PAGE_SIZE and file.cover:
             self._put_one(file, page, data)
             return
+        if len(data) == 2 * PAGE_SIZE and file.cover and self.slots.used + 2 <= self.slots.count:  # as appends have it; a run of them would cost half as much again
+            self._put_one(file, page, data[:PAGE_SIZE])
+            self._put_one(file, page + 1, data[PAGE_SIZE:])
+            return
         runs = self.slots.take(len(data) >> PAGE_SHIFT)
         try:
             self._reserve(max(slot + count for slot, count in runs))
@@ -128,15 +133,15 @@ class Journal:
             at = stop
 
     def _put_one(self, file: JournalFile, page: int, data: memoryview) -> None:
-        """`put` of one page of a file that has some: most writes, so without a call that can be spared."""
+        """`put` of one page of a file that has some: most writes, so through a mapping, and with no call that can be spared."""
         slot = self.slots.take_one()
-        if slot >= self.data.reserved:
-            try:
+        try:
+            if slot >= self.data.reserved:
                 self._reserve(slot + 1)
-            except BaseException:
-                self.slots.give_one(slot)
-                raise
-        self.data.write_one(slot, data)
+            self.data.write_one(slot, data)
+        except BaseException:
+            self.slots.give_one(slot)
+            raise
         self.seq = seq = self.seq + 1
         digest, record, cover = checksum(data), file.record, file.cover
         self.rows.set(

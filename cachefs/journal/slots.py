@@ -4,15 +4,13 @@ A slot that is taken is never written again before it is given back, so what was
 to a later write. Low slots are taken first: the file stays short, and the same few blocks of the disk are used again.
 """
 
-import contextlib
+import errno
 import mmap
 import os
 from collections.abc import Sequence
 
 from cachefs.cache.page import ALL, FIRST, GROUP_PAGES, GROUP_SHIFT, PAGE_SHIFT, PAGE_SIZE
 
-MADV_POPULATE_WRITE = 23  # linux/mman.h
-READY_SLOTS = 64  # mapped at once: 0.15 ms
 RESERVE_SLOTS = 4096  # room on the disk is set aside in steps of 16 MiB
 
 Run = tuple[int, int]  # (first slot, count)
@@ -134,7 +132,7 @@ class SlotFile:
         self.reserved = 0  # slots that the disk has set room aside for, and that are mapped
         self._slots = slots
         self._map = mmap.mmap(-1, PAGE_SIZE)
-        self._ready = 0  # slots whose pages were brought in before they are written to
+        self._used = 0  # no slot from here on was written to alone yet
 
     def reserve(self, slots: int) -> int:
         """Has the disk set room aside for so many, or some more: a store into a mapped page without would kill the process."""
@@ -143,23 +141,18 @@ class SlotFile:
         self._map.close()
         self._map = mmap.mmap(self.fd, wanted << PAGE_SHIFT)
         self._map.madvise(mmap.MADV_RANDOM)
-        self._ready = 0
         self.reserved = wanted
         return wanted
 
     def write_one(self, slot: int, data: memoryview) -> None:
-        """Writes one page into a slot that is reserved."""
-        if slot >= self._ready:
-            self._get_ready(slot)
+        """Writes one page into a slot that is reserved; OSError where the disk takes less."""
         start = slot << PAGE_SHIFT
-        self._map[start : start + PAGE_SIZE] = data
-
-    def _get_ready(self, slot: int) -> None:
-        """Maps the next pages together: 2.2 us each, where a fault takes 5."""
-        start = max(self._ready, slot & -READY_SLOTS)
-        self._ready = min((slot & -READY_SLOTS) + READY_SLOTS, self.reserved)
-        with contextlib.suppress(OSError):  # Linux before 5.14: they come one by one
-            self._map.madvise(MADV_POPULATE_WRITE, start << PAGE_SHIFT, (self._ready - start) << PAGE_SHIFT)
+        if slot < self._used:
+            self._map[start : start + PAGE_SIZE] = data
+        else:  # for the first time: a pwrite costs less than the fault would
+            if os.pwrite(self.fd, data, start) != PAGE_SIZE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._used = slot + 1
 
     def write(self, runs: Sequence[Run], data: memoryview) -> None:
         """Writes pages into `runs` one after the other; OSError where the disk takes less."""
