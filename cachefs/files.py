@@ -11,7 +11,6 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import clock_gettime_ns
-from typing import NamedTuple
 
 import trio
 
@@ -61,14 +60,6 @@ class Opened:
     attributes_changed: bool  # since the kernel may last have been told
 
 
-class Hit(NamedTuple):
-    """A read answered from memory. `view` is good until the next await; `window` is what to prefetch after the reply."""
-
-    view: memoryview | bytes
-    file: CachedFile
-    window: Window | None
-
-
 class Files:
     """All open files. `changed(inode)` is called when the backing turned out to have other contents than the cache had.
 
@@ -106,6 +97,7 @@ class Files:
         self.advise: Callable[[Handle, str], None] = lambda handle, program: None  # told of new handles, and whose they are
         self.handed: Callable[[Handle], None] = lambda handle: None  # the same, when it is known how they will be used
         self.ttl_seconds = metadata_ttl_seconds
+        self.ahead: tuple[CachedFile, Window] | None = None  # what the hit that is being answered asks for
         self._last_handle = 0
         self._readahead_max_bytes = readahead_max_bytes
         self.window_pages = 0
@@ -396,47 +388,54 @@ class Files:
 
     # --- data ----------------------------------------------------------------------------------------------------------
 
-    def read_now(self, number: int, offset: int, size: int) -> "Hit | None":
-        """The bytes there are in [offset, offset + size) if all are in the cache; None, and nothing is changed, if not."""
+    def read_now(self, number: int, offset: int, size: int) -> memoryview | bytes | None:
+        """The bytes there are in [offset, offset + size) if all are in the cache; None, and nothing is changed, if not.
+
+        The view is good until the next await. What is to be fetched ahead then is `ahead`, for after the reply.
+        """
         handle = self.handles[number]
         file: CachedFile = handle.inode.file  # type: ignore[assignment]  # a handle's inode has a file
         view = self.cache.lookup(file, offset, size, handle.last_page, handle.account)
-        if view is None:
-            return None
-        return Hit(view, file, self._note_read(handle, file, offset, size, False))
+        if view is not None:
+            first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
+            handle.last_page = last
+            window = handle.readahead.on_read(first, last - first + 1, False, file.end_page, self.window_pages)
+            if window is not None:
+                self.ahead = (file, window)
+        return view
 
     async def read(self, number: int, offset: int, size: int) -> memoryview | bytes:
         """The bytes there are in [offset, offset + size). The view is good until the next await."""
-        hit = self.read_now(number, offset, size)
-        if hit is not None:
-            if hit.window is not None:
-                self.filler.nursery.start_soon(self._prefetch_soon, hit)
-            return hit.view
+        view = self.read_now(number, offset, size)
+        if view is not None:
+            if self.ahead is not None:
+                self.filler.nursery.start_soon(self._prefetch_soon, self.ahead)
+                self.ahead = None
+            return view
         handle = self.handles[number]
         file: CachedFile = handle.inode.file  # type: ignore[assignment]
-        window, transient = self._note_read(handle, file, offset, size, True), handle.readahead.transient
+        first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
+        window = handle.readahead.on_read(first, last - first + 1, True, file.end_page, self.window_pages)
+        transient = handle.readahead.transient
         if transient:
-            drop_transient(self.cache, file, offset >> PAGE_SHIFT, handle.last_page + 1)
+            drop_transient(self.cache, file, first, handle.last_page + 1)
+        handle.last_page = last
         view = await self.filler.read(file, offset, size, window, handle.account, transient)
         self._measure()
         return view
 
-    def _note_read(self, handle: Handle, file: CachedFile, offset: int, size: int, missed: bool) -> Window | None:
-        """What readahead makes of a read."""
-        first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
-        handle.last_page = last
-        return handle.readahead.on_read(first, last - first + 1, missed, file.end_page, self.window_pages)
-
-    def prefetch(self, hit: "Hit") -> None:
-        """Starts a hit's readahead window. After the reply: to make room could take the pages from under the view."""
-        if hit.window is not None:
-            if hit.window.transient:
-                drop_transient(self.cache, hit.file)
-            self.filler.prefetch(hit.file, hit.window)
+    def prefetch(self) -> None:
+        """Starts what is `ahead`. After the reply: to make room could take the pages from under the view."""
+        if self.ahead is not None:
+            (file, window), self.ahead = self.ahead, None
+            if window.transient:
+                drop_transient(self.cache, file)
+            self.filler.prefetch(file, window)
             self._measure()
 
-    async def _prefetch_soon(self, hit: "Hit") -> None:
-        self.prefetch(hit)
+    async def _prefetch_soon(self, ahead: tuple[CachedFile, Window]) -> None:
+        self.ahead = ahead
+        self.prefetch()
 
     @property
     def readahead_max_pages(self) -> int:

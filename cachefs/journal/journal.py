@@ -109,7 +109,8 @@ class Journal:
         if len(data) == PAGE_SIZE and file.cover:
             self._put_one(file, page, data)
             return
-        if len(data) == 2 * PAGE_SIZE and file.cover and self.slots.used + 2 <= self.slots.count:  # as appends have it; a run of them would cost half as much again
+        if len(data) == 2 * PAGE_SIZE and file.cover and self.slots.used + 2 <= self.slots.count:
+            # As appends have it. A run of two would cost half as much again.
             self._put_one(file, page, data[:PAGE_SIZE])
             self._put_one(file, page + 1, data[PAGE_SIZE:])
             return

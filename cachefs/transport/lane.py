@@ -54,7 +54,7 @@ class Lane:
         self._read_durations: Histogram = operations.durations["read"]
         self._write_durations: Histogram = operations.durations["write"]
         self._waiting = Waiting(fd)
-        self._turn_began = 0.0
+        self._turn_ends = 0.0  # when other tasks have theirs
         self._workers = 0
         self._idle: list[trio.lowlevel.Task] = []  # workers with nothing to do, the latest last
         self._led = False  # whether one of the workers leads
@@ -105,9 +105,18 @@ class Lane:
         """One worker, the leader at first. Its buffer is its own: a request that waits keeps what it has not used yet."""
         buffer = bytearray(REQUEST_MAX_BYTES)
         vector, body, unpack = [buffer], memoryview(buffer)[HEADER_BYTES:], REQUEST.unpack_from
-        quick = self._quick
+        quick, fd, clock, readv = self._quick, self.fd, time.perf_counter, os.readv
         try:
-            while length := await self._receive(vector):
+            while not self._over:
+                try:
+                    if clock() > self._turn_ends:
+                        await self._give_turn()
+                    length = readv(fd, vector)
+                except OSError as error:  # mostly there is none
+                    length = await self._receive(vector, error)
+                if not length:
+                    self._end()
+                    break
                 said, opcode, unique, node, uid, gid, pid, _, handle, offset, size = unpack(buffer)
                 if length != said or length < HEADER_BYTES:
                     self._refuse(length, opcode, unique)
@@ -161,39 +170,41 @@ class Lane:
 
     # --- requests -------------------------------------------------------------------------------------------------------
 
-    async def _receive(self, vector: list[bytearray]) -> int:
-        """The length of the next request, which is in `vector` then; 0 if there will be none."""
-        if time.perf_counter() - self._turn_began > TURN_SECONDS:
-            await trio.lowlevel.checkpoint()
-            self._turn_began = time.perf_counter()
-        while not self._over:
-            try:
-                if length := os.readv(self.fd, vector):
-                    return length
-                self._end()
-            except BlockingIOError:
+    async def _give_turn(self) -> None:
+        """To other tasks that can go on."""
+        await trio.lowlevel.checkpoint()
+        self._turn_ends = time.perf_counter() + TURN_SECONDS
+
+    async def _receive(self, vector: list[bytearray], error: OSError) -> int:
+        """The length of the next request, which is in `vector` then, after a look that ended in `error`; 0: there is none."""
+        while True:
+            if isinstance(error, BlockingIOError):
                 if await self._waiting.wait():
-                    self._turn_began = time.perf_counter()
-            except OSError as error:
-                if error.errno in (errno.ENODEV, errno.ECONNABORTED):  # unmounted, or told to abort
-                    self._end()
-                elif error.errno != errno.ENOENT:  # that one was taken back before we had it
-                    raise
-        return 0
+                    self._turn_ends = time.perf_counter() + TURN_SECONDS
+            elif error.errno in (errno.ENODEV, errno.ECONNABORTED):  # unmounted, or told to abort
+                return 0
+            elif error.errno != errno.ENOENT:  # else that one was taken back before we had it
+                raise error
+            if self._over:
+                return 0
+            try:
+                return os.readv(self.fd, vector)
+            except OSError as another:
+                error = another
 
     def _answer_hit(self, unique: int, handle: int, offset: int, size: int) -> bool:
         """Answers a READ whose pages are all here; False, and nothing done, if they are not."""
         start = time.perf_counter()
         try:
-            hit = self._files.read_now(handle, offset, size)
+            view = self._files.read_now(handle, offset, size)
         except KeyError:
             return False
-        if hit is None:
+        if view is None:
             return False
-        self._answer(unique, hit.view)
+        self._answer(unique, view)
         self._read_durations.observe(time.perf_counter() - start)
-        if hit.window is not None:
-            self._files.prefetch(hit)  # after the reply: to make room could take the pages from under it
+        if self._files.ahead is not None:
+            self._files.prefetch()  # after the reply: to make room could take the pages from under it
         return True
 
     def _answer_write(self, unique: int, handle: int, offset: int, size: int, data: memoryview) -> bool:
