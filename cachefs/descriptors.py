@@ -39,12 +39,16 @@ class Descriptors:
         """`method(descriptor of inode, *args)`."""
         inode.fd_busy += 1
         try:
-            fd = inode.fd if inode.fd >= 0 else await self._reach(inode)
-            return await self.io.call(op, method, fd, *args)
+            fd = self.open_one(inode)
+            return await self.io.call(op, method, fd if fd >= 0 else await self._reach(inode), *args)
         finally:
             inode.fd_busy -= 1
             if op in NAMES_CHANGE:
                 self.renamed(inode)
+
+    def open_one(self, inode: Inode) -> int:
+        """A descriptor of it that is open, -1 if there is none. One for data serves as well where calls do not take turns."""
+        return inode.fd if inode.fd >= 0 or self.io.backing.blocking else max(inode.reader, inode.writer)
 
     async def at_two(self, op: str, inode: Inode, other: Inode, function: Callable[[int, int], T]) -> T:
         """`function(descriptor of inode, descriptor of other)`."""

@@ -58,16 +58,27 @@ class Directories:
 
     async def is_listed(self, inode: Inode, with_attributes: bool) -> bool:
         """Whether the kernel's listing is as the directory is now, and has attributes that it may believe if they are wanted."""
+        recent = self._may_be_listed(inode, with_attributes)
+        if recent is None or self.backing.blocking:
+            return bool(recent)
+        return self._is_as_then(inode, await self.descriptors.at("stat", inode, self.backing.fstat))
+
+    def is_listed_now(self, inode: Inode, with_attributes: bool) -> bool:
+        """The same of a local directory that has a descriptor, in plain code."""
+        if self._may_be_listed(inode, with_attributes) is None:
+            return False
+        return self._is_as_then(inode, self.io.call_now("stat", self.backing.fstat, inode.fd))
+
+    def _may_be_listed(self, inode: Inode, with_attributes: bool) -> bool | None:
+        """Whether the kernel's listing was read a short time ago; None: there is none that is good for this."""
         listed = inode.listed
         if listed is None:
-            return False
+            return None
         recent = trio.current_time() - listed.read_at < self.files.ttl_seconds
-        if with_attributes and not (recent and listed.with_attributes):
-            return False
-        if self.backing.blocking:
-            return recent
-        st = await self.descriptors.at("stat", inode, self.backing.fstat)
-        return listed.stamp == (st.st_mtime_ns, st.st_ctime_ns)
+        return None if with_attributes and not (recent and listed.with_attributes) else recent
+
+    def _is_as_then(self, inode: Inode, st: os.stat_result) -> bool:
+        return inode.listed is not None and inode.listed.stamp == (st.st_mtime_ns, st.st_ctime_ns)
 
     def close(self, number: int) -> None:
         inode = self.handles.pop(number).inode

@@ -510,13 +510,22 @@ class FileSystem:
         """A value, or the errno that says why there is none. Some are remembered, see `Inode.xattrs`."""
         if self.hints is not None and name.startswith(HINTS):
             return self.hints.get(inode, name)
-        found: bytes | int
         try:
-            found = await self.descriptors.at("getxattr", inode, self.backing.getxattr, name)
+            return self._got_xattr(inode, name, await self.descriptors.at("getxattr", inode, self.backing.getxattr, name))
         except OSError as error:
-            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
-                raise
-            found = error.errno
+            return self._got_xattr(inode, name, _no_xattr(error))
+
+    def getxattr_now(self, inode: Inode, name: bytes) -> bytes | int | None:
+        """The same of a local file that is open already, in plain code; None, and nothing done, where it may have to wait."""
+        fd = self.descriptors.open_one(inode)
+        if fd < 0 or name.startswith(HINTS):
+            return None
+        try:
+            return self._got_xattr(inode, name, self.io.call_now("getxattr", self.backing.getxattr, fd, name))
+        except OSError as error:
+            return self._got_xattr(inode, name, _no_xattr(error))
+
+    def _got_xattr(self, inode: Inode, name: bytes, found: bytes | int) -> bytes | int:
         if name in XATTRS_REMEMBERED:
             inode.xattrs = {**inode.xattrs, name: found}
         return found
@@ -550,3 +559,10 @@ class FileSystem:
     async def syncfs(self) -> None:
         """Everything that was written back, and every name, is durable when this returns without error."""
         await self.io.in_thread("syncfs", self.backing.syncfs, self.table.root.fd)
+
+
+def _no_xattr(error: OSError) -> int:
+    """The errno that says that there is no such attribute, or raises `error` if that is something else."""
+    if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+        raise error
+    return error.errno

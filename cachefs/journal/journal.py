@@ -106,7 +106,7 @@ class Journal:
 
     def put(self, file: JournalFile, page: int, data: memoryview) -> None:
         """Writes down whole pages from `page` on, 256 at most, with the file's size and time. They survive us from then on."""
-        if len(data) == PAGE_SIZE and file.cover:
+        if len(data) == PAGE_SIZE:
             self._put_one(file, page, data)
             return
         if len(data) == 2 * PAGE_SIZE and file.cover and self.slots.used + 2 <= self.slots.count:
@@ -118,7 +118,7 @@ class Journal:
         try:
             self._reserve(max(slot + count for slot, count in runs))
             self.data.write(runs, data)
-            if not file.cover:  # not before: a record without pages would be taken for a truncate that has to be completed
+            if not file.cover:
                 self._begin(file)
         except BaseException:
             for slot, count in runs:
@@ -134,12 +134,14 @@ class Journal:
             at = stop
 
     def _put_one(self, file: JournalFile, page: int, data: memoryview) -> None:
-        """`put` of one page of a file that has some: most writes, so through a mapping, and with no call that can be spared."""
+        """`put` of one page: most writes, so through a mapping, and with no call that can be spared."""
         slot = self.slots.take_one()
         try:
             if slot >= self.data.reserved:
                 self._reserve(slot + 1)
             self.data.write_one(slot, data)
+            if not file.cover:
+                self._begin(file)
         except BaseException:
             self.slots.give_one(slot)
             raise
@@ -159,6 +161,7 @@ class Journal:
             self._lose(file, old, page)
 
     def _begin(self, file: JournalFile) -> None:
+        """The record, right before the first row: without pages it would be taken for a truncate that has to be completed."""
         self.seq += 1
         file.record.seq = self.seq
         self._commit(self._noted_row(file))  # it may have got another name while it had no pages

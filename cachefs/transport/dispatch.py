@@ -40,10 +40,10 @@ class Listing:
 
     def add_names(self, listing: Sequence[Entry], start: int) -> int:
         """Adds as many from the one at the offset `start` on as there is room for, without attributes; how many that are."""
-        for offset in range(start, len(listing) + 2):
-            if not self.add(wire.name_alone(listing[offset - 2], offset + 1)):
-                return offset - start
-        return len(listing) + 2 - start
+        parts, count = wire.names_alone(listing, start, self.room)
+        self.room -= sum(map(len, parts))
+        self.parts += parts
+        return count
 
 
 class WireOperations(Operations):
@@ -90,22 +90,34 @@ class WireOperations(Operations):
         return self.fs.backing.blocking or self.lookers.wants(pid)
 
     async def directory_info(self, number: int) -> bytes:
-        """The answer to OPENDIR: what the kernel has of the listing goes, unless it is good, and is kept from now on.
+        """The answer to OPENDIR."""
+        handle = self.fs.directories.handles[number]
+        try:
+            listed = handle.kept and await self.fs.directories.is_listed(handle.inode, self._wants_attributes(handle.pid))
+        except OSError:  # whoever reads the directory will hear of it
+            listed = False
+        return self._directory_info(number, handle, listed)
+
+    def opendir_now(self, inode: Inode, pid: int) -> bytes | None:
+        """OPENDIR in plain code; None, and nothing done, where it may have to wait."""
+        directories, listed = self.fs.directories, False
+        if inode.listed is not None and not inode.opens:
+            if inode.fd < 0:
+                return None
+            listed = directories.is_listed_now(inode, self._wants_attributes(pid))
+        number = directories.open(inode, pid)
+        return self._directory_info(number, directories.handles[number], listed)
+
+    def _directory_info(self, number: int, handle: DirectoryHandle, listed: bool) -> bytes:
+        """What the kernel has of the listing goes, unless it is good, and is kept from now on.
 
         Over one handle at a time: of two that read the directory in different states it would make one listing.
         """
-        handle = self.fs.directories.handles[number]
         flags = wire.OPEN_KEEP_CACHE | (wire.OPEN_CACHE_DIR if handle.kept else 0)
-        if handle.kept and not await self._is_listed(handle):
+        if handle.kept and not listed:
             handle.inode.listed = None
             flags &= ~wire.OPEN_KEEP_CACHE
         return wire.OPENED.pack(number, flags, 0)
-
-    async def _is_listed(self, handle: DirectoryHandle) -> bool:
-        try:
-            return await self.fs.directories.is_listed(handle.inode, self._wants_attributes(handle.pid))
-        except OSError:  # whoever reads the directory will hear of it
-            return False
 
 
 class Dispatch:
@@ -251,12 +263,12 @@ class Dispatch:
 
     async def getxattr(self, request: Request) -> Answer:
         room, name = wire.getxattr_in(request)
-        return _sized(await self.operations.getxattr(request.node, name, request), room)
+        return sized(await self.operations.getxattr(request.node, name, request), room)
 
     async def listxattr(self, request: Request) -> Answer:
         room = wire.listxattr_in(request.body)
         names = await self.operations.listxattr(request.node, request)
-        return _sized(b"".join(name + b"\0" for name in names), room)
+        return sized(b"".join(name + b"\0" for name in names), room)
 
     async def setxattr(self, request: Request) -> Answer:
         name, value, flags = wire.setxattr_in(request)
@@ -287,7 +299,7 @@ class Dispatch:
         return DONE
 
 
-def _sized(value: bytes, room: int) -> bytes:
+def sized(value: bytes, room: int) -> bytes:
     """An xattr's answer: the value, or its size if there is no room at all."""
     if not room:
         return wire.XATTR_SIZE.pack(len(value), 0)

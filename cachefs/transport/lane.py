@@ -131,7 +131,7 @@ class Lane:
                 if not answered:
                     request = Request(unique, node, uid, gid, pid, body[: length - HEADER_BYTES])
                     if opcode in quick and (answer := quick[opcode](request)) is not None:
-                        self._answer(unique, answer)
+                        (self._answer_error if isinstance(answer, int) else self._answer)(unique, answer)
                     elif await until_it_waits(self._serve(opcode, request), self._hand_on) and not await self._wait_for_lead():
                         break
         finally:

@@ -1,7 +1,7 @@
-"""Requests that a local SOURCE lets us answer at once, in plain code: LOOKUP, GETATTR, OPEN to read, FLUSH and RELEASE.
+"""Requests that a local SOURCE lets us answer at once, in plain code: the frequent ones that only look, or open, or close.
 
-Each is what `Operations` does, less the coroutines on the way. None says that it has to wait, or went wrong: then nothing was
-done, and it goes the way of all requests.
+Each is what `Operations` does, less the coroutines on the way. An errno is an answer, too. None says that it has to wait, or went
+wrong: then nothing was done, and it goes the way of all requests.
 """
 
 import time
@@ -10,11 +10,11 @@ from typing import Any
 
 from cachefs.statistics import Histogram
 from cachefs.transport import wire
-from cachefs.transport.dispatch import DONE, Answer, WireOperations
+from cachefs.transport.dispatch import DONE, Answer, WireOperations, sized
 from cachefs.transport.operations import groups_of
 from cachefs.transport.wire import Request
 
-QuickHandler = Callable[[Request], Answer | None]
+QuickHandler = Callable[[Request], Answer | int | None]
 
 
 class Quick:
@@ -26,6 +26,8 @@ class Quick:
         made = {
             wire.LOOKUP: (self.lookup, "lookup"), wire.GETATTR: (self.getattr, "getattr"), wire.OPEN: (self.open, "open"),
             wire.FLUSH: (self.flush, "flush"), wire.RELEASE: (self.release, "release"),
+            wire.OPENDIR: (self.opendir, "opendir"), wire.RELEASEDIR: (self.releasedir, "releasedir"),
+            wire.GETXATTR: (self.getxattr, "getxattr"),
         }  # fmt: skip
         local = not operations.fs.backing.blocking
         self.handlers = {opcode: timed(*how, operations.durations) for opcode, how in made.items()} if local else {}
@@ -68,12 +70,24 @@ class Quick:
         self.fs.drop(inode)
         return DONE
 
+    def opendir(self, request: Request) -> Answer | None:
+        return self.operations.opendir_now(self.table.get(request.node), request.pid)
+
+    def releasedir(self, request: Request) -> Answer:
+        self.fs.directories.close(request.handle())
+        return DONE
+
+    def getxattr(self, request: Request) -> Answer | int | None:
+        room, name = wire.getxattr_in(request)
+        found = self.fs.getxattr_now(self.table.get(request.node), name)
+        return found if found is None or isinstance(found, int) else sized(found, room)
+
 
 def timed(handler: QuickHandler, op: str, durations: dict[str, Histogram]) -> QuickHandler:
     """The handler, timed as those of `Operations` are; what goes wrong is theirs to tell."""
     observe, clock = durations[op].observe, time.perf_counter
 
-    def timed_handler(request: Request) -> Answer | None:
+    def timed_handler(request: Request) -> Answer | int | None:
         start = clock()
         try:
             answer = handler(request)

@@ -5,7 +5,9 @@ understood raises struct.error or ValueError.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from struct import Struct
 from typing import Final
 
@@ -266,10 +268,22 @@ def direntplus(name: bytes, found: bytes, next_offset: int) -> bytes:
 NO_ENTRY: Final = bytes(ENTRY.size + ATTR.size)  # node 0: no attributes are told, and no lookup is counted
 
 
-def name_alone(entry: Entry, next_offset: int) -> bytes:
-    """One name of a directory with its kind alone."""
-    name = entry.name
-    return NO_ENTRY + DIRENT.pack(entry.number, next_offset, len(name), entry.kind >> 12) + name + PADDING[len(name) % 8]
+def names_alone(listing: Sequence[Entry], start: int, room: int) -> tuple[list[bytes], int]:
+    """Names of a directory from the one at the offset `start` on with their kinds alone, as many as `room` bytes have room for.
+
+    Parts to be joined, and how many names they are.
+    """
+    parts: list[bytes] = []
+    offset, pack, before = start, DIRENT.pack, len(NO_ENTRY) + DIRENT.size
+    for name, number, kind in islice(listing, start - 2, None):
+        length = len(name)
+        padding = PADDING[length % 8]
+        room -= before + length + len(padding)
+        if room < 0:
+            break
+        offset += 1
+        parts += (NO_ENTRY, pack(number, offset, length, kind >> 12), name, padding)
+    return parts, offset - start
 
 
 def statfs_out(st: os.statvfs_result) -> bytes:
