@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -102,6 +103,55 @@ def test_what_was_changed_in_source_is_noticed(tmp_path: Path) -> None:
         with contextlib.suppress(BlockingIOError):  # that it is to forget attributes
             while stage.kernel.ours.recv(1 << 16):
                 pass
+
+    on(tmp_path, main)
+
+
+def test_a_directory_is_opened_as_the_long_way_does_it(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+
+    async def main(stage: Stage) -> None:
+        directories = stage.world.fs.directories
+        node = (await stage.kernel.must(wire.LOOKUP, body=b"d\0")).entry
+        inode = stage.world.table.get(node)
+        alone, beside = quick(stage, wire.OPENDIR, node, bytes(8)), quick(stage, wire.OPENDIR, node, bytes(8))
+        assert alone is not None and beside is not None
+        assert wire.OPENED.unpack(alone)[1] == wire.OPEN_CACHE_DIR, "the kernel keeps what it is sent, and has nothing yet"
+        assert wire.OPENED.unpack(beside)[1] == wire.OPEN_KEEP_CACHE, "what it is sent at the same time is not kept"
+        for answer in (beside, alone):
+            assert quick(stage, wire.RELEASEDIR, node, wire.OPENED.unpack(answer)[0].to_bytes(24, "little")) == b""
+        assert (inode.opens, directories.handles) == (0, {})
+        os.utime(tmp_path / "d", (1, 1))
+        await trio.sleep(0.03)  # until a change would be seen by the time it makes
+        number = wire.OPENED.unpack(await slow(stage, wire.OPENDIR, node, bytes(8)))[0]
+        await directories.listing(number, 0)
+        directories.ended(number)
+        directories.close(number)
+        for changed, flags in ((False, wire.OPEN_CACHE_DIR | wire.OPEN_KEEP_CACHE), (True, wire.OPEN_CACHE_DIR)):
+            if changed:
+                (tmp_path / "d" / "new").touch()
+            answer = quick(stage, wire.OPENDIR, node, bytes(8))
+            assert answer is not None and wire.OPENED.unpack(answer)[1] == flags
+            directories.close(wire.OPENED.unpack(answer)[0])
+
+    on(tmp_path, main)
+
+
+def test_an_attribute_of_an_open_file_or_that_there_is_none(tmp_path: Path) -> None:
+    async def main(stage: Stage) -> None:
+        node, _ = await stage.kernel.open(b"f")
+        inode = stage.world.table.get(node)
+        assert inode.fd < 0 and inode.writer >= 0
+        ask = Struct("=II").pack(0, 0) + b"user.colour\0"
+        assert stage.lane._quick[wire.GETXATTR](request(node, ask)) == errno.ENODATA
+        os.setxattr(tmp_path / "f", "user.colour", b"red")
+        assert quick(stage, wire.GETXATTR, node, ask) == await slow(stage, wire.GETXATTR, node, ask) == wire.XATTR_SIZE.pack(3, 0)
+        ask = Struct("=II").pack(2, 0) + b"user.colour\0"
+        assert quick(stage, wire.GETXATTR, node, ask) is None, "too little room: told the long way"
+        assert (await stage.kernel.ask(wire.GETXATTR, node, ask)).errno == errno.ERANGE
+        none = Struct("=II").pack(0, 0) + b"user.none\0"
+        assert (await stage.kernel.ask(wire.GETXATTR, node, none)).errno == errno.ENODATA
+        assert quick(stage, wire.GETXATTR, NODE_OF_ROOT, b"") is None
 
     on(tmp_path, main)
 
