@@ -358,8 +358,9 @@ class MetricsServer:
         self._server = _bind(host, port, 1 if asked or port == 0 else PORTS_TRIED)
         self._server.set_app(_application(make_wsgi_app(registry), page))
         self.url = f"http://{_authority(host, self._server.server_port)}/metrics"
+        forever = None  # it sleeps until there is a request: to look at times would be most of what an idle mount does
         self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.2,), name="cachefs-metrics", daemon=True
+            target=self._server.serve_forever, args=(forever,), name="cachefs-metrics", daemon=True
         )
         self._thread.start()
 
