@@ -132,7 +132,7 @@ class SlotFile:
         self.reserved = 0  # slots that the disk has set room aside for, and that are mapped
         self._slots = slots
         self._map = mmap.mmap(-1, PAGE_SIZE)
-        self._used = 0  # no slot from here on was written to alone yet
+        self._used = 0  # no slot from here on was written to yet
 
     def reserve(self, slots: int) -> int:
         """Has the disk set room aside for so many, or some more: a store into a mapped page without would kill the process."""
@@ -149,7 +149,7 @@ class SlotFile:
         start = slot << PAGE_SHIFT
         if slot < self._used:
             self._map[start : start + PAGE_SIZE] = data
-        else:  # for the first time: a pwrite costs less than the fault would
+        else:  # for the first time: a pwrite costs less than the fault would. Later ones could cost more, see docs/decisions.md
             if os.pwrite(self.fd, data, start) != PAGE_SIZE:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._used = slot + 1
@@ -158,6 +158,7 @@ class SlotFile:
         """Writes pages into `runs` one after the other; OSError where the disk takes less."""
         at = 0
         for slot, count in runs:
+            self._used = max(self._used, slot + count)
             offset, stop = slot << PAGE_SHIFT, at + (count << PAGE_SHIFT)
             while at < stop:
                 nbytes = os.pwrite(self.fd, data[at:stop], offset)
