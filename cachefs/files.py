@@ -418,7 +418,7 @@ class Files:
         window = handle.readahead.on_read(first, last - first + 1, True, file.end_page, self.window_pages)
         transient = handle.readahead.transient
         if transient:
-            drop_transient(self.cache, file, first, handle.last_page + 1)
+            drop_transient(self.cache, file, first, last + 1)
         handle.last_page = last
         view = await self.filler.read(file, offset, size, window, handle.account, transient)
         self._measure()

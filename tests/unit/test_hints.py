@@ -239,3 +239,20 @@ def test_a_noreuse_reader_gets_the_right_bytes_and_leaves_nothing(
         assert (world.cache.refaults, world.cache.misses["capacity"]) == (0, 0)
 
     hinting(tmp_path, test, pages=128, readahead_pages=readahead_pages, blocking=blocking)
+
+
+def test_what_was_read_once_does_not_leave_before_a_read_that_begins_before_it(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(bytes(8 * P))
+
+    async def test(world: World, hints: Hints) -> None:
+        inode, one = await world.open("f", os.O_RDONLY)
+        _, other = await world.open("f", os.O_RDONLY)
+        for number in (one, other):
+            world.files.handles[number].readahead.transient = True
+        await world.read(one, P, P)
+        assert inode.file is not None
+        before = inode.file.page_misses
+        await world.read(other, 0, 2 * P)
+        assert inode.file.page_misses == before + 1, "the page that both have was read again"
+
+    hinting(tmp_path, test, readahead_pages=0)
