@@ -15,6 +15,7 @@ from time import clock_gettime_ns
 import trio
 
 from cachefs.backingio import BackingIO
+from cachefs.cache import leaving
 from cachefs.cache.file import CachedFile
 from cachefs.cache.fill import Filler
 from cachefs.cache.page import PAGE_SHIFT, PAGE_SIZE
@@ -131,15 +132,15 @@ class Files:
     def _changed_underneath(self, inode: Inode, file: CachedFile, st: os.stat_result) -> None:
         inode.signature = signature_of(st)
         inode.changes += 1
-        self.cache.invalidate(file)
-        self.cache.truncate(file, st.st_size)
+        leaving.invalidate(self.cache, file)
+        leaving.truncate(self.cache, file, st.st_size)
         self.changed(inode)
 
     def _noticed(self, inode: Inode) -> None:
         """Somebody else has changed a file that we have unwritten data of: what is clean leaves, what is ours stays ours."""
         if inode.file is not None:
             inode.changes += 1
-            self.cache.invalidate(inode.file)
+            leaving.invalidate(self.cache, inode.file)
             self.changed(inode)
 
     def _may_be_stale(self, inode: Inode, st: os.stat_result) -> bool:
@@ -369,7 +370,7 @@ class Files:
         if inode.opens:
             return
         if inode.unlinked and inode.file is not None:
-            self.cache.discard(inode.file)
+            leaving.discard(self.cache, inode.file)
         self.data.settle(inode)
 
     async def _write_out(self, inode: Inode) -> None:
@@ -537,7 +538,7 @@ class Files:
         finally:
             inode.busy -= 1
         if inode.file is not None:  # at once: the backing has it, whatever becomes of the look at its attributes
-            self.cache.truncate(inode.file, size)
+            leaving.truncate(self.cache, inode.file, size)
             inode.done += 1
             self.keeper.cut_done(inode, size)
         await self.readopt(inode, contents=True, st_size=size, st_mtime_ns=now_ns(inode))
@@ -622,12 +623,12 @@ class Files:
             file = inode.file
             if file is None or not file.dirty_pages:
                 return 0
-            given_up = self.cache.give_up(file)
+            given_up = leaving.give_up(self.cache, file)
             inode.atime_ns = None
             self.keeper.forget(inode)
             if signature_of(st) != inode.signature:
-                self.cache.invalidate(file)
-            self.cache.truncate(file, st.st_size)
+                leaving.invalidate(self.cache, file)
+            leaving.truncate(self.cache, file, st.st_size)
             self.adopt(inode, st, contents=True)
             inode.mtime_ns = st.st_mtime_ns
             inode.ctime_shown = (st.st_ctime_ns, now_ns(inode))  # for whoever compares: the contents have changed, now

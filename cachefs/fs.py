@@ -18,6 +18,7 @@ import trio
 
 from backing.base import RENAME_EXCHANGE
 from cachefs.backingio import BackingIO
+from cachefs.cache import leaving
 from cachefs.descriptors import Descriptors
 from cachefs.directories import Directories
 from cachefs.files import Files, Opened, now_ns
@@ -456,7 +457,7 @@ class FileSystem:
             self.files.keeper.forget(inode)
             self.table.renumbered(inode)
             if inode.file is not None and not inode.opens:
-                self.files.cache.discard(inode.file)
+                leaving.discard(self.files.cache, inode.file)
         else:
             self.files.keeper.moved(inode)
 

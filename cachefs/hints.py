@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from cachefs.cache import wishes
 from cachefs.errors import CachefsError
 from cachefs.files import Files
 from cachefs.fs import HINTS
@@ -114,7 +115,7 @@ class Hints:
             return self._bring_soon(inode)
         if advice == DONTNEED:
             if inode.file is not None:
-                self.cache.drop(inode.file)
+                wishes.drop(self.cache, inode.file)
                 self.dropped(inode)
             return
         if advice and advice not in LASTING:

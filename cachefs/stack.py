@@ -11,6 +11,7 @@ from collections.abc import Callable
 from backing.base import Backing
 from cachefs.backingio import BackingIO
 from cachefs.cache import policy
+from cachefs.cache.figures import statistics_of
 from cachefs.cache.fill import Filler
 from cachefs.cache.page import PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
@@ -137,7 +138,7 @@ class Stack:
             policy=self.cache.policy.name,
             kernel_cache=kernel_cache,
             uptime_seconds=time.monotonic() - self.started,
-            cache=self.cache.statistics(),
+            cache=statistics_of(self.cache),
             writeback=self.writeback.statistics(),
             backing=self.io.statistics(),
             journal=self.keeper.statistics(),

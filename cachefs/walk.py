@@ -234,7 +234,7 @@ class Walker:
 
     def _absent(self, inode: Inode) -> bool:
         end_page = _pages(inode)
-        return bool(end_page) and (inode.file is None or bool(self.files.cache.absent_runs(inode.file, 0, end_page)))
+        return bool(end_page) and (inode.file is None or bool(inode.file.absent_runs(0, end_page)))
 
     def _learn(self, used: int, wasted: int) -> None:
         self.used += used
@@ -300,7 +300,7 @@ class Walker:
         try:
             await self.files.data.reader(inode)
             self.files.filler.prefetch(file, Window(0, FILE_PAGES))
-            for fill in self.files.cache.fills_of(file, 0, FILE_PAGES):
+            for fill in file.fills_of(0, FILE_PAGES):
                 await fill.done.wait()
         finally:
             inode.busy -= 1

@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 from cachefs import control, ledger
+from cachefs.cache import leaving
 from cachefs.cache.page import GROUP_PAGES, GROUP_SIZE, PAGE_SIZE
 from cachefs.entries import merged
 from cachefs.fs import Caller
@@ -179,7 +180,7 @@ def test_a_hundred_thousand_extents_are_made_in_parts_of_a_few_milliseconds(tmp_
             begin = time.thread_time()
         assert found == extents
         assert sorted(durations)[-3] < 0.02, sorted(durations)[-5:]  # the collector of garbage may come in between
-        world.cache.give_up(inode.file)
+        leaving.give_up(world.cache, inode.file)
 
     over(tmp_path, main, pages=300_000, limit_pages=200_000)
 

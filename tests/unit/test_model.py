@@ -228,7 +228,7 @@ class Harness:
                 await trio.sleep((0.01, 1, 6, 40)[number % 4])
             case "drop":
                 assert tracked.inode.file is not None
-                world.cache.drop(tracked.inode.file)
+                wishes.drop(world.cache, tracked.inode.file)
             case "pin":
                 assert tracked.inode.file is not None
                 wishes.pin(world.cache, tracked.inode.file, not tracked.inode.file.pinned)

@@ -16,6 +16,8 @@ import trio.testing
 from inotify_simple import Event
 
 import cachefs.watch
+from cachefs.cache import wishes
+from cachefs.cache.figures import statistics_of
 from cachefs.fs import Changes
 from cachefs.inode import Inode
 from cachefs.watch import IGNORED, MODIFY, OVERFLOW, Watch, Watcher
@@ -168,7 +170,7 @@ def test_changes_of_ours_are_not_told_as_somebody_else_s(tmp_path: Path) -> None
             assert await world.read(handle, 0, 9999) == b"x" * (4000 + i)
         assert total >= 20, "there were events"
         assert not world.changed and not world.gone and not world.files.conflicts.total
-        assert not world.cache.statistics().evictions.get("invalidated")
+        assert not statistics_of(world.cache).evictions.get("invalidated")
 
     play(tmp_path, test)
 
@@ -251,7 +253,7 @@ def test_a_watch_goes_with_the_last_file_that_needs_it(tmp_path: Path) -> None:
         world.watcher._drop_one()
         assert world.watcher.watches, "its pages are cached"
         assert inode.file is not None
-        world.cache.drop(inode.file)
+        wishes.drop(world.cache, inode.file)
         world.watcher._drop_one()
         assert not world.watcher.watches and not world.watcher._directories
         (tmp_path / "file").write_bytes(b"changed")

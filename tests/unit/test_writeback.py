@@ -13,6 +13,7 @@ import trio
 import trio.testing
 
 from backing.directory import DirectoryBacking
+from cachefs.cache import leaving, wishes
 from cachefs.cache.page import GROUP_SIZE, PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
 from cachefs.cache.policy import make
@@ -214,7 +215,7 @@ async def test_a_file_that_is_gone_while_it_is_written() -> None:
             it.write(inode, 0, b"again")
             inode.unlinked = True
             assert inode.file is not None
-            it.cache.discard(inode.file)
+            leaving.discard(it.cache, inode.file)
             it.cache.check_invariants()
             store.gate.set()
         assert not it.cache.resident_pages and not it.writeback.dirty
@@ -464,7 +465,7 @@ async def test_regression_a_throttled_writer_wakes_when_dirty_pages_are_dropped(
                 nursery.start_soon(it.writeback.throttle, 8 * P)
                 await wait_all_tasks_blocked()
                 assert inode.file is not None
-                it.cache.truncate(inode.file, 0)
+                leaving.truncate(it.cache, inode.file, 0)
 
 
 @run
@@ -623,7 +624,7 @@ def test_regression_two_writes_beyond_a_tebibyte_at_once(tmp_path: Path, blockin
             nursery.start_soon(world.files.write, handle, near, b"near")
         assert inode.file is not None and inode.file.size == far + 3
         await world.files.fsync(handle, False)
-        world.cache.drop(inode.file)
+        wishes.drop(world.cache, inode.file)
         assert await world.read(handle, far, 10) == b"far"
         assert await world.read(handle, near, 4) == b"near"
         assert os.stat(tmp_path / "file").st_size == far + 3
