@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from cachefs.cache import wishes
 from cachefs.errors import CachefsError
 from cachefs.files import Files
-from cachefs.fs import HINTS
 from cachefs.handle import Handle
 from cachefs.inode import Inode
 from cachefs.names import paths_of
@@ -24,6 +23,7 @@ from cachefs.pins import Pins
 from cachefs.rules import DONTNEED, LASTING, NOREUSE, RANDOM, SEQUENTIAL, WILLNEED, Rule, advice_of
 from cachefs.tasks import Spawner
 from cachefs.warm import Warming, budget_pages
+from cachefs.xattrs import HINTS
 
 ADVICE, PIN, RESIDENT = HINTS + b"advice", HINTS + b"pin", HINTS + b"resident"
 ADVISED_MAX = 4096  # files that keep an advice: each keeps its inode known

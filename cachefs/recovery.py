@@ -360,7 +360,7 @@ class Recovery:
         backing = self.stack.io.backing
         try:
             await self.stack.descriptors.at("truncate", inode, backing.truncate, size)
-            await self.stack.files.refresh(inode)
+            await self.stack.files.attributes.refresh(inode)
             inode.signature = signature_of(inode.st)
         except OSError as error:
             name = _name_of(self.stack, inode)

@@ -99,7 +99,7 @@ class Stack:
         self.ledger = Ledger(self.fs)
         self.pins = Pins(self.fs, pins_file)
         self.hints = Hints(self.files, self.pins, parse_rules(config.rule), tasks, changed)
-        self.fs.hints, self.files.advise = self.hints, self.hints.opened
+        self.fs.xattrs.hints, self.files.advise = self.hints, self.hints.opened
 
     def _settled(self, inode: Inode) -> None:
         self.files.data.settle(inode)

@@ -224,7 +224,7 @@ class Walker:
             return False
         if inode.advice not in ("", "sequential"):
             return False
-        return not self.files.believed(inode) or self._absent(inode)
+        return not self.files.attributes.believed(inode) or self._absent(inode)
 
     def _is_unlisted(self, directory: Inode, name: bytes) -> bool:
         inode = self.fs.table.named(directory, name)
@@ -287,7 +287,7 @@ class Walker:
     async def _fetch(self, directory: Inode, name: bytes) -> None:
         """The attributes first, unless they are believed: who opens the file then need not ask."""
         inode = self.fs.table.named(directory, name)
-        if inode is None or not self.files.believed(inode):
+        if inode is None or not self.files.attributes.believed(inode):
             inode = await self.fs.find(directory, name)
         if inode.is_regular and self._absent(inode):
             self.fetched += 1

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 import cachefs.conflicts
 from cachefs.cache.page import PAGE_SIZE
 from cachefs.copies import conflict_name, cut
-from cachefs.fs import Changes
 from cachefs.inode import Inode
+from cachefs.setattr import Changes
 from world import CALLER, World
 
 P = PAGE_SIZE
@@ -445,9 +445,9 @@ def test_where_the_directory_is_gone_the_copy_lies_above(play: Callable[..., Non
     async def test(world: World) -> None:
         parent, path = world.table.root, tmp_path
         for level in range(3):
-            parent = await world.fs.mkdir(parent, b"d%d" % level, 0o755, CALLER)
+            parent = await world.fs.creation.mkdir(parent, b"d%d" % level, 0o755, CALLER)
             path = path / f"d{level}"
-        inode, opened = await world.fs.create(parent, b"file", 0o100644, os.O_RDWR, CALLER)
+        inode, opened = await world.fs.creation.create(parent, b"file", 0o100644, os.O_RDWR, CALLER)
         await world.files.write(opened.number, 0, b"ours")
         path.joinpath("file").unlink()
         for _ in range(depth):
@@ -511,19 +511,19 @@ def test_no_change_of_ours_hides_theirs(play: Callable[..., None], tmp_path: Pat
         (tmp_path / "file").write_bytes(b"theirs")
         match ours:
             case "utime":
-                await world.fs.setattr(inode, Changes(mtime_ns=10**18), 0)
+                await world.files.setter.setattr(inode, Changes(mtime_ns=10**18), 0)
             case "truncate":
                 await world.truncate(inode, 2)
             case "O_TRUNC":
                 await world.files.open(inode, os.O_WRONLY | os.O_TRUNC, 0)
             case "chmod":
-                await world.fs.setattr(inode, Changes(mode=0o600), 0)
+                await world.files.setter.setattr(inode, Changes(mode=0o600), 0)
             case "rename":
                 await world.fs.rename(root, b"file", root, b"renamed", 0)
             case "link":
                 await world.fs.link(inode, root, b"linked")
             case "setxattr":
-                await world.fs.setxattr(inode, b"user.a", b"value")
+                await world.fs.xattrs.setxattr(inode, b"user.a", b"value")
         await world.files.fsync(handle, False)
         assert the_copy(tmp_path) == b"theirs"
         left = {"truncate": b"ou", "O_TRUNC": b""}.get(ours, b"ours")
@@ -540,10 +540,10 @@ def test_a_change_is_noticed_at_the_next_look_and_the_clean_pages_leave_once(pla
         assert await world.read(handle, 0, 4 * P) == b"o" * 4 * P
         await world.files.write(handle, 0, b"ours" * 1024)
         (tmp_path / "file").write_bytes(b"t" * 4 * P)
-        await world.files.refresh(inode)
+        await world.files.attributes.refresh(inode)
         assert inode.file is not None and inode.file.resident_pages == 1
         assert await world.read(handle, 0, 4 * P) == b"ours" * 1024 + b"t" * 3 * P
-        await world.files.refresh(inode)
+        await world.files.attributes.refresh(inode)
         assert inode.file.resident_pages == 4, "seen already"
         assert world.changed == [inode]
         assert not copies(tmp_path), "a copy is made when there is something to overwrite"
@@ -562,11 +562,11 @@ def test_changes_of_ours_are_never_taken_for_theirs(play: Callable[..., None], t
             for i in range(20):
                 nursery.start_soon(world.files.write, handle, i * P, b"x" * 100)
                 nursery.start_soon(world.writeback.flush, inode)
-                nursery.start_soon(world.fs.setattr, inode, Changes(mtime_ns=10**18 + i), 0)
-                nursery.start_soon(world.fs.setattr, inode, Changes(mode=0o600 + i), 0)
-                nursery.start_soon(world.files.refresh, inode)
+                nursery.start_soon(world.files.setter.setattr, inode, Changes(mtime_ns=10**18 + i), 0)
+                nursery.start_soon(world.files.setter.setattr, inode, Changes(mode=0o600 + i), 0)
+                nursery.start_soon(world.files.attributes.refresh, inode)
                 nursery.start_soon(world.truncate, inode, 10 * P + i)
-                nursery.start_soon(world.fs.setxattr, inode, b"user.a", b"%d" % i)
+                nursery.start_soon(world.fs.xattrs.setxattr, inode, b"user.a", b"%d" % i)
                 nursery.start_soon(world.fs.lookup, root, b"file")
         for i in range(5):
             await world.files.write(handle, 0, b"y" * 100)
@@ -593,8 +593,8 @@ def test_a_failure_of_the_backing_is_not_taken_for_a_change_of_theirs(
             for change in (
                 lambda: world.files.fsync(handle, False),
                 lambda: world.truncate(inode, 3 * P),
-                lambda: world.fs.setattr(inode, Changes(mtime_ns=10**18), 0),
-                lambda: world.files.refresh(inode),
+                lambda: world.files.setter.setattr(inode, Changes(mtime_ns=10**18), 0),
+                lambda: world.files.attributes.refresh(inode),
             ):
                 try:
                     await change()

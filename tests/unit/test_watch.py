@@ -18,8 +18,8 @@ from inotify_simple import Event
 import cachefs.watch
 from cachefs.cache import wishes
 from cachefs.cache.figures import statistics_of
-from cachefs.fs import Changes
 from cachefs.inode import Inode
+from cachefs.setattr import Changes
 from cachefs.watch import IGNORED, MODIFY, OVERFLOW, Watch, Watcher
 from world import CALLER, World
 
@@ -130,8 +130,8 @@ def test_a_change_before_the_watch_was_there_is_found(tmp_path: Path) -> None:
 
 def test_the_directory_of_a_watched_file_may_go(tmp_path: Path) -> None:
     async def test(world: Watched) -> None:
-        directory = await world.fs.mkdir(world.table.root, b"d", 0o755, CALLER)
-        await world.fs.create(directory, b"file", 0o100644, os.O_RDWR, CALLER)
+        directory = await world.fs.creation.mkdir(world.table.root, b"d", 0o755, CALLER)
+        await world.fs.creation.create(directory, b"file", 0o100644, os.O_RDWR, CALLER)
         await world.tend()
         assert list(world.watcher.watches) == [directory]
         (tmp_path / "d" / "file").unlink()
@@ -160,7 +160,7 @@ def test_changes_of_ours_are_not_told_as_somebody_else_s(tmp_path: Path) -> None
             await world.files.fsync(handle, False)
             await world.writeback.flush_all()
             await world.truncate(inode, 4000 + i)
-            await world.fs.setattr(inode, Changes(mode=0o600, mtime_ns=10**18 + i), 0)
+            await world.files.setter.setattr(inode, Changes(mode=0o600, mtime_ns=10**18 + i), 0)
             await world.fs.rename(root, b"other", root, b"moved", 0)
             await world.fs.link(other, root, b"linked")
             await world.fs.unlink(root, b"linked")
@@ -234,8 +234,8 @@ def test_watches_are_bounded_and_the_latest_stay(tmp_path: Path) -> None:
         world.watcher.most = 3
         directories = []
         for i in range(6):
-            directories.append(await world.fs.mkdir(world.table.root, b"d%d" % i, 0o755, CALLER))
-            await world.fs.create(directories[i], b"file", 0o100644, os.O_RDWR, CALLER)
+            directories.append(await world.fs.creation.mkdir(world.table.root, b"d%d" % i, 0o755, CALLER))
+            await world.fs.creation.create(directories[i], b"file", 0o100644, os.O_RDWR, CALLER)
             if i == 4:
                 world.watcher.opened(await world.fs.lookup(directories[2], b"file"))
             await world.tend()
@@ -290,8 +290,8 @@ def test_when_no_watches_are_left_it_goes_on_with_those_it_has_and_says_so_once(
 
         inotify.add_watch = add_watch
         for i in range(6):
-            directory = await world.fs.mkdir(world.table.root, b"d%d" % i, 0o755, CALLER)
-            await world.fs.create(directory, b"file", 0o100644, os.O_RDWR, CALLER)
+            directory = await world.fs.creation.mkdir(world.table.root, b"d%d" % i, 0o755, CALLER)
+            await world.fs.creation.create(directory, b"file", 0o100644, os.O_RDWR, CALLER)
             await world.tend()
         assert len(world.watcher.watches) == world.watcher.most == 2
         assert list(world.watcher.watches)[-1] is directory, "the latest"

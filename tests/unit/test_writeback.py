@@ -514,7 +514,7 @@ def test_the_time_of_a_write_is_kept_on_the_backing(tmp_path: Path, blocking: bo
         await world.files.fsync(handle, False)
         assert os.stat(tmp_path / "file").st_mtime_ns == shown.mtime_ns == inode.attributes().mtime_ns
         assert inode.attributes().ctime_ns == shown.ctime_ns
-        await world.files.refresh(inode)
+        await world.files.attributes.refresh(inode)
         assert inode.attributes().mtime_ns == shown.mtime_ns and not world.changed
         assert world.cache.resident_pages == 3
 
@@ -585,7 +585,7 @@ def test_regression_attributes_of_a_file_that_is_always_written_to(tmp_path: Pat
 
                 world.backing.set_plan([{"op": "fstat", "delay_seconds": 0.01}])
                 nursery.start_soon(writer)
-                await world.files.refresh(inode)
+                await world.files.attributes.refresh(inode)
                 nursery.cancel_scope.cancel()
 
     over(tmp_path, main, blocking=True)

@@ -20,9 +20,10 @@ from cachefs.cache.file import CachedFile
 from cachefs.cache.fill import Filler
 from cachefs.cache.page import GROUP_SHIFT, PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
+from cachefs.creation import Caller
 from cachefs.descriptors import Descriptors
 from cachefs.files import Files
-from cachefs.fs import Caller, FileSystem
+from cachefs.fs import FileSystem
 from cachefs.inode import Inode, InodeTable
 from cachefs.journal.journal import ROWS_FILE, Journal
 from cachefs.journal.load import read
@@ -125,7 +126,7 @@ class World:
             inode = await self.fs.lookup(self.table.root, name.encode())
         except FileNotFoundError:
             how = os.O_RDWR | os.O_CREAT
-            inode, opened = await self.fs.create(self.table.root, name.encode(), 0o100644, how, CALLER)
+            inode, opened = await self.fs.creation.create(self.table.root, name.encode(), 0o100644, how, CALLER)
             return inode, opened.number
         return inode, (await self.files.open(inode, flags, 0)).number
 
@@ -134,7 +135,7 @@ class World:
         return [entry.name for entry in await self.fs.directories.listing(number, 0)]
 
     async def truncate(self, inode: Inode, size: int) -> None:
-        await self.files.truncate(inode, size, 0, frozenset())
+        await self.files.setter.truncate(inode, size, 0, frozenset())
 
     async def release(self, number: int) -> None:
         inode = self.files.handles[number].inode
