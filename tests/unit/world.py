@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 import trio.testing
@@ -162,6 +163,35 @@ class World:
         assert self.writeback.unwritten_pages <= self.writeback.limit_pages
         for inode in self.table:
             assert not inode.unwritten or inode in self.writeback.dirty, "writeback does not know of dirty pages"
+
+
+@asynccontextmanager
+async def world_of(top: Path, far: bool, **options: Any) -> AsyncIterator[World]:
+    """A `World` that is checked and shut at the end; `far`: over a backing far away, whose calls take turns."""
+    async with trio.open_nursery() as nursery:
+        world = World(nursery, top, **{"blocking": far, "seed": 1 if far else None, "ttl_seconds": 0.0, **options})
+        yield world
+        world.check()
+        await world.shut()
+        nursery.cancel_scope.cancel()
+
+
+async def dirty(world: World, name: str, data: bytes, offset: int = 0) -> tuple[Inode, int]:
+    """Opens a file and writes to it, which is not written back."""
+    inode, handle = await world.open(name)
+    await world.files.write(handle, offset, data)
+    assert inode.unwritten
+    return inode, handle
+
+
+def copies(top: Path) -> dict[str, bytes]:
+    """{name: contents} of the copies there are."""
+    return {path.name: path.read_bytes() for path in sorted(top.rglob("*.conflict-*"))}
+
+
+def the_copy(top: Path) -> bytes:
+    (contents,) = copies(top).values()
+    return contents
 
 
 def close_descriptors(table: InodeTable, backing: Backing) -> None:
