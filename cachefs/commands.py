@@ -104,7 +104,7 @@ class Commands:
         given_up_bytes = 0
         for inode in failing:
             with trio.move_on_after(DISCARD_SECONDS) as patience:
-                nbytes = await self.stack.files.discard_unwritten(inode)
+                nbytes = await self.stack.files.durability.discard_unwritten(inode)
             if patience.cancelled_caught:
                 raise CachefsError(f"{self._shown(path)} is being written at this moment: try again when SOURCE answers")
             log.warning("discarded on request: %d unwritten bytes of %s", nbytes, self._shown(path))

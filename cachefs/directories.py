@@ -8,8 +8,9 @@ from typing import Protocol
 import trio
 
 from backing.base import Entry
+from cachefs.attributes import CLOCK_AHEAD_NS
 from cachefs.descriptors import Descriptors
-from cachefs.files import CLOCK_AHEAD_NS, Files
+from cachefs.files import Files
 from cachefs.handle import DirectoryHandle
 from cachefs.inode import Inode, Listed
 from cachefs.listings import Listings
@@ -74,7 +75,7 @@ class Directories:
         listed = inode.listed
         if listed is None:
             return None
-        recent = trio.current_time() - listed.read_at < self.files.ttl_seconds
+        recent = trio.current_time() - listed.read_at < self.files.attributes.ttl_seconds
         return None if with_attributes and not (recent and listed.with_attributes) else recent
 
     def _is_as_then(self, inode: Inode, st: os.stat_result) -> bool:
@@ -180,12 +181,12 @@ class Directories:
     def name_seconds(self, number: int, name: bytes) -> float:
         """How long the kernel may believe what `entries` gave for a name."""
         if not self.backing.blocking:
-            return self.files.ttl_seconds
+            return self.files.attributes.ttl_seconds
         return self.listings.seconds_left(self.handles[number].inode, name)
 
     def _is_believed(self, parent: Inode, name: bytes) -> bool:
         inode = self.table.named(parent, name)
-        return inode is not None and self.files.believed(inode)
+        return inode is not None and self.files.attributes.believed(inode)
 
     def entries_known(self, number: int, names: Sequence[bytes]) -> list[Inode | None] | None:
         """The same from memory; None if we do not know all of them."""

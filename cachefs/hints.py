@@ -13,9 +13,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from cachefs.cache import wishes
 from cachefs.errors import CachefsError
 from cachefs.files import Files
-from cachefs.fs import HINTS
 from cachefs.handle import Handle
 from cachefs.inode import Inode
 from cachefs.names import paths_of
@@ -23,6 +23,7 @@ from cachefs.pins import Pins
 from cachefs.rules import DONTNEED, LASTING, NOREUSE, RANDOM, SEQUENTIAL, WILLNEED, Rule, advice_of
 from cachefs.tasks import Spawner
 from cachefs.warm import Warming, budget_pages
+from cachefs.xattrs import HINTS
 
 ADVICE, PIN, RESIDENT = HINTS + b"advice", HINTS + b"pin", HINTS + b"resident"
 ADVISED_MAX = 4096  # files that keep an advice: each keeps its inode known
@@ -114,7 +115,7 @@ class Hints:
             return self._bring_soon(inode)
         if advice == DONTNEED:
             if inode.file is not None:
-                self.cache.drop(inode.file)
+                wishes.drop(self.cache, inode.file)
                 self.dropped(inode)
             return
         if advice and advice not in LASTING:

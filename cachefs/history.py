@@ -39,14 +39,15 @@ class History:
 
     def take(self) -> None:
         cache, writeback = self.stack.cache, self.stack.writeback
+        total = cache.accounts.total
         self.samples.append(
             Sample(
                 round(cache.clock() - self.stack.started, 3),
-                cache.page_hits,
-                cache.page_misses,
-                cache.hit_bytes,
-                cache.miss_bytes,
-                cache.write_bytes,
+                total("page_hits"),
+                total("page_misses"),
+                total("hit_bytes"),
+                total("miss_bytes"),
+                total("write_bytes"),
                 cache.evictions["capacity"],
                 cache.readahead_used,
                 cache.readahead_unused,

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import trio
 
+from cachefs.cache import wishes
 from cachefs.cache.file import CachedFile
 from cachefs.cache.page import PAGE_SHIFT, PAGE_SIZE
 from cachefs.config import changed
@@ -146,7 +147,7 @@ class KeepCommands:
             indexes = list(file.groups)
             for start in range(0, len(indexes), PIECE_GROUPS):
                 some = indexes[start : start + PIECE_GROUPS]
-                dropped += self.stack.cache.drop(file, some)
+                dropped += wishes.drop(self.stack.cache, file, some)
                 stayed += _left(file, some)
                 memory = {}
                 await trio.lowlevel.checkpoint()

@@ -148,9 +148,9 @@ class Ledger:
             for inode in todo:
                 try:
                     if inode in one_by_one:
-                        await self.files.make_durable(inode)
+                        await self.files.durability.make_durable(inode)
                     if inode in outdated:  # what the journal keeps of an earlier fsync must not come back after a power cut
-                        await self.files.keep_durable(inode)
+                        await self.files.durability.keep_durable(inode)
                 except OSError:
                     undurable.append(inode)
 

@@ -19,8 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from backing.base import Backing
+from cachefs.cache import leaving
 from cachefs.cache.page import PAGE_SHIFT, PAGE_SIZE
-from cachefs.cache.pagecache import NoRoom
+from cachefs.cache.waits import NoRoom
 from cachefs.config import Config
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode, signature_of
@@ -326,7 +327,7 @@ class Recovery:
             if ours_may_go_there and inode.st.st_size != record.size:
                 self.stack.keeper.touching(inode)
                 await self._resize(inode, record.size)
-            self.stack.cache.truncate(file, record.size)
+            leaving.truncate(self.stack.cache, file, record.size)
             self.stack.keeper.trim(inode, record.size)
         await self._load(journal, inode, kept)
         if inode.unwritten:
@@ -359,7 +360,7 @@ class Recovery:
         backing = self.stack.io.backing
         try:
             await self.stack.descriptors.at("truncate", inode, backing.truncate, size)
-            await self.stack.files.refresh(inode)
+            await self.stack.files.attributes.refresh(inode)
             inode.signature = signature_of(inode.st)
         except OSError as error:
             name = _name_of(self.stack, inode)

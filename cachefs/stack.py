@@ -11,6 +11,7 @@ from collections.abc import Callable
 from backing.base import Backing
 from cachefs.backingio import BackingIO
 from cachefs.cache import policy
+from cachefs.cache.figures import statistics_of
 from cachefs.cache.fill import Filler
 from cachefs.cache.page import PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
@@ -98,7 +99,7 @@ class Stack:
         self.ledger = Ledger(self.fs)
         self.pins = Pins(self.fs, pins_file)
         self.hints = Hints(self.files, self.pins, parse_rules(config.rule), tasks, changed)
-        self.fs.hints, self.files.advise = self.hints, self.hints.opened
+        self.fs.xattrs.hints, self.files.advise = self.hints, self.hints.opened
 
     def _settled(self, inode: Inode) -> None:
         self.files.data.settle(inode)
@@ -137,7 +138,7 @@ class Stack:
             policy=self.cache.policy.name,
             kernel_cache=kernel_cache,
             uptime_seconds=time.monotonic() - self.started,
-            cache=self.cache.statistics(),
+            cache=statistics_of(self.cache),
             writeback=self.writeback.statistics(),
             backing=self.io.statistics(),
             journal=self.keeper.statistics(),

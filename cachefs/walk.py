@@ -224,7 +224,7 @@ class Walker:
             return False
         if inode.advice not in ("", "sequential"):
             return False
-        return not self.files.believed(inode) or self._absent(inode)
+        return not self.files.attributes.believed(inode) or self._absent(inode)
 
     def _is_unlisted(self, directory: Inode, name: bytes) -> bool:
         inode = self.fs.table.named(directory, name)
@@ -234,7 +234,7 @@ class Walker:
 
     def _absent(self, inode: Inode) -> bool:
         end_page = _pages(inode)
-        return bool(end_page) and (inode.file is None or bool(self.files.cache.absent_runs(inode.file, 0, end_page)))
+        return bool(end_page) and (inode.file is None or bool(inode.file.absent_runs(0, end_page)))
 
     def _learn(self, used: int, wasted: int) -> None:
         self.used += used
@@ -287,7 +287,7 @@ class Walker:
     async def _fetch(self, directory: Inode, name: bytes) -> None:
         """The attributes first, unless they are believed: who opens the file then need not ask."""
         inode = self.fs.table.named(directory, name)
-        if inode is None or not self.files.believed(inode):
+        if inode is None or not self.files.attributes.believed(inode):
             inode = await self.fs.find(directory, name)
         if inode.is_regular and self._absent(inode):
             self.fetched += 1
@@ -300,7 +300,7 @@ class Walker:
         try:
             await self.files.data.reader(inode)
             self.files.filler.prefetch(file, Window(0, FILE_PAGES))
-            for fill in self.files.cache.fills_of(file, 0, FILE_PAGES):
+            for fill in file.fills_of(0, FILE_PAGES):
                 await fill.done.wait()
         finally:
             inode.busy -= 1

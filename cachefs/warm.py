@@ -42,7 +42,7 @@ class Warming:
 
     async def _worker(self, file: CachedFile, chunks: Iterator[tuple[int, int]], problems: list[OSError]) -> None:
         for page, end in chunks:
-            absent = sum(count for _, count in self.cache.absent_runs(file, page, end))
+            absent = sum(count for _, count in file.absent_runs(page, end))
             if absent > self.budget_pages or problems:
                 self.full = self.full or absent > self.budget_pages
                 return

@@ -244,7 +244,7 @@ class Watcher:
         if st is None or (st.st_dev, st.st_ino) != inode.key:
             self.gone(directory, name)
         elif is_needed(inode):
-            self.files.absorb(inode, st)
+            self.files.attributes.absorb(inode, st)
 
     async def _look_at_everything(self) -> None:
         """Events were lost."""

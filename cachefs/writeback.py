@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 
 import trio
 
+from cachefs.cache import leaving
 from cachefs.cache.file import CachedFile
 from cachefs.cache.page import GROUP_SHIFT, GROUP_SIZE, PAGE_SHIFT, PAGE_SIZE, Group, runs
 from cachefs.cache.pagecache import PageCache
@@ -273,7 +274,7 @@ class Writeback:
                     self.cache.finish_writeback(group, mask, None if i < done else since)
             self._account(batch[:done], self.cache.clock() - start)
             if inode.unlinked and not inode.opens:
-                self.cache.discard(file)
+                leaving.discard(self.cache, file)
             self._go_on_from(inode, end_page)
             self._note_result(inode, error)
         return end_page, error

@@ -52,6 +52,18 @@ class Arena:
         base, touched = slots.take(near)
         return base, slots.pages, touched
 
+    def move(self, group: Group) -> None:
+        """Gives a group that outgrew its small slot a large one; at most 64 KiB are copied, once in a group's life."""
+        moved = Group(group.file, group.index, *self.allocate(GROUP_PAGES, -1))
+        self.touch(moved, group.uptodate)
+        for first, count in runs(group.uptodate):
+            start, stop = first * PAGE_SIZE, (first + count) * PAGE_SIZE
+            self.view[moved.base + start : moved.base + stop] = self.view[group.base + start : group.base + stop]
+        self.release(group)
+        group.base, group.capacity, group.touched = moved.base, moved.capacity, moved.touched
+        if group.touched & ~group.uptodate:
+            self.leave_holes(group)
+
     def release(self, group: Group) -> None:
         """Takes back the slot of a group that has no resident page left."""
         self._holey.pop(group, None)

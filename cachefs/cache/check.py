@@ -24,7 +24,7 @@ def check(cache: "PageCache") -> None:
     assert cache.filling_pages == sum(group.filling.bit_count() for group in groups)
     assert all(group.file.groups[group.index] is group for group in groups)
     assert cache.policy.pages() == {group.key: group.uptodate for group in groups if group.uptodate}, "policy knows others"
-    assert cache.page_misses == sum(cache.misses.values())
+    assert cache.accounts.total("page_misses") == sum(cache.misses.values())
     for group in groups:
         _check_fills(group)
         _check_tail(cache, group)

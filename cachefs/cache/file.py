@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from cachefs.cache.page import GROUP_SHIFT, IN_GROUP, PAGE_SHIFT, PAGE_SIZE, Group, runs
+from cachefs.cache.page import GROUP_SHIFT, IN_GROUP, PAGE_SHIFT, PAGE_SIZE, Group, pieces, runs, span
+from cachefs.cache.waits import Fill
 
 if TYPE_CHECKING:
     from cachefs.cache.refault import When
@@ -103,6 +104,74 @@ class CachedFile:
         for index, group in self.groups.items():
             pages += ((group.dirty | group.writeback) >> max(0, first - (index << GROUP_SHIFT))).bit_count()
         return min(pages * PAGE_SIZE, max(0, self.size - size))
+
+    def absent_runs(self, start_page: int, end_page: int) -> list[tuple[int, int]]:
+        """The runs (first page, count) of [start_page, end_page) that are neither up to date nor filling, none across groups."""
+        found: list[tuple[int, int]] = []
+        for index, first, last in pieces(start_page << PAGE_SHIFT, end_page << PAGE_SHIFT):
+            group = self.groups.get(index)
+            mask = span(first, last)
+            if group is not None:
+                mask &= ~group.resident
+            found += ((index << GROUP_SHIFT | at, count) for at, count in runs(mask))
+        return found
+
+    def fills_of(self, start_page: int, end_page: int) -> list[Fill]:
+        """The fills under way that cover any page of [start_page, end_page)."""
+        found: list[Fill] = []
+        for index, first, last in pieces(start_page << PAGE_SHIFT, end_page << PAGE_SHIFT):
+            group = self.groups.get(index)
+            if group is not None and group.filling:
+                mask = span(first, last)
+                found += [fill for fill in group.fills if fill.mask & mask]
+        return found
+
+    def pages_to_fill(self, offset: int, size: int) -> list[int]:
+        """Pages that a write of [offset, offset + size) covers only partly, that hold data, and that are not here yet."""
+        end = offset + size
+        wanted = {page for page, at in ((offset >> PAGE_SHIFT, offset), (end >> PAGE_SHIFT, end)) if at & (PAGE_SIZE - 1)}
+        found = []
+        for page in sorted(wanted):
+            start = page << PAGE_SHIFT
+            covered = offset <= start and end >= min(start + PAGE_SIZE, self.size)
+            group = self.groups.get(page >> GROUP_SHIFT)
+            here = group is not None and group.uptodate >> (page & IN_GROUP) & 1
+            if not here and not covered and start < self.size:
+                found.append(page)
+        return found
+
+    def absent(self, index: int, mask: int) -> int:
+        """Those of pages `mask` of a group that are not up to date."""
+        group = self.groups.get(index)
+        return mask if group is None else mask & ~group.uptodate
+
+    def not_dirty(self, index: int, mask: int) -> int:
+        """Those of pages `mask` of a group that a write would make dirty."""
+        group = self.groups.get(index)
+        return mask if group is None else mask & ~group.dirty
+
+    def mark(self, index: int, mask: int, transient: bool) -> None:
+        """Pages `mask` of a group came, or were written, for one use or not."""
+        if transient:
+            self.transient[index] = self.transient.get(index, 0) | mask
+        elif index in self.transient:
+            self.transient[index] &= ~mask
+
+    def remember_no_more(self, index: int, mask: int) -> None:
+        """Pages `mask` of a group are there again."""
+        for memory in (self.evicted, self.invalidated):
+            if index in memory:
+                memory[index] &= ~mask
+                if not memory[index]:
+                    del memory[index]
+        if index not in self.evicted:
+            self.evicted_at.pop(index, None)
+
+    def forget_from(self, page: int) -> None:
+        """Pages from `page`'s group on are nothing that could come back."""
+        for memory in (self.evicted, self.invalidated, self.evicted_at):
+            for index in [i for i in memory if i >= page >> GROUP_SHIFT]:
+                memory.pop(index)
 
     def check(self) -> None:
         groups = self.groups.values()

@@ -11,11 +11,13 @@ from collections.abc import Callable
 
 import trio
 
+from cachefs.cache import reads
 from cachefs.cache.account import Account
 from cachefs.cache.file import CachedFile
 from cachefs.cache.page import GROUP_PAGES, PAGE_SHIFT, PAGE_SIZE
-from cachefs.cache.pagecache import Busy, Fill, NoRoom, PageCache, TooDirty
+from cachefs.cache.pagecache import PageCache
 from cachefs.cache.readahead import Window
+from cachefs.cache.waits import Busy, Fill, NoRoom, TooDirty
 from cachefs.cache.wishes import drop_transient
 from cachefs.tasks import Spawner
 from cachefs.watchdog import Watchdog
@@ -57,14 +59,14 @@ class Filler:
         end = min(offset + size, file.size)
         if offset >= end:
             return b""
-        self.cache.count_request(file, offset, end, account)
+        reads.count_request(self.cache, file, offset, end, account)
         if (end - offset) >> PAGE_SHIFT <= self.cache.capacity_pages // 4:
             for _ in range(TRIES):
                 await self._fill_once(file, offset, end, window, transient)
                 end = min(end, file.size)  # it may have been truncated while we waited
                 if offset >= end:
                     return b""
-                view = self.cache.peek(file, offset, end)
+                view = reads.peek(self.cache, file, offset, end)
                 if view is not None:
                     return view
                 window = None
@@ -76,7 +78,7 @@ class Filler:
         Pages may be gone again, or not have come for want of room.
         """
         for _ in range(TRIES):
-            if not self.cache.absent_runs(file, start_page, min(end_page, file.end_page)):
+            if not file.absent_runs(start_page, min(end_page, file.end_page)):
                 return
             await self._fill_once(file, start_page * PAGE_SIZE, min(end_page * PAGE_SIZE, file.size), None)
 
@@ -89,9 +91,9 @@ class Filler:
         """
         self.watchdog.check()  # before pages that are here make room for some that cannot come
         start_page, end_page = offset >> PAGE_SHIFT, (end + PAGE_SIZE - 1) >> PAGE_SHIFT
-        others = self.cache.fills_of(file, start_page, end_page)
+        others = file.fills_of(start_page, end_page)
         mine: Fill | None = None
-        for page, count in self.cache.absent_runs(file, start_page, end_page):
+        for page, count in file.absent_runs(start_page, end_page):
             if mine is not None:
                 self._run_soon(mine)
                 others.append(mine)
@@ -122,7 +124,7 @@ class Filler:
         if window is None or page + count != end_page or count >= FILL_PAGES_MIN:
             return 0
         stop = min(window.start + window.size, page + FILL_PAGES_MIN, (page | GROUP_PAGES - 1) + 1, file.end_page)
-        runs = self.cache.absent_runs(file, end_page, stop) if stop > end_page else []
+        runs = file.absent_runs(end_page, stop) if stop > end_page else []
         return runs[0][1] if runs and runs[0][0] == end_page else 0
 
     def _run_soon(self, fill: Fill) -> None:
@@ -158,7 +160,7 @@ class Filler:
         parts: list[bytes] = []
         while offset < (end := min(end, file.size)):
             stop = min(end, (offset & -PAGE_SIZE) + PAGE_SIZE)
-            view = self.cache.peek(file, offset, stop)
+            view = reads.peek(self.cache, file, offset, stop)
             if view is None:
                 await self._fill_once(file, offset, stop, None, transient)
                 continue
@@ -176,7 +178,7 @@ class Filler:
             return
         most = max(FILL_PAGES_MIN, min(GROUP_PAGES, window.size // FILLS_PER_WINDOW))
         end = min(window.start + window.size, file.end_page)
-        for page, count in self.cache.absent_runs(file, window.start, end):
+        for page, count in file.absent_runs(window.start, end):
             for at in range(page, page + count, most):
                 try:
                     fill = self.cache.start_fill(file, at, min(most, page + count - at), 0, window.transient)
@@ -218,12 +220,12 @@ class Filler:
         """Returns how much of `data` was written: less where both ends need a fill, for one could push out the other."""
         cache = self.cache
         while True:
-            partial = cache.pages_to_fill(file, offset, len(data))
+            partial = file.pages_to_fill(offset, len(data))
             if len(partial) == 2:
                 data = data[: partial[1] * PAGE_SIZE - offset]
                 continue
             end_page = (offset + len(data) + PAGE_SIZE - 1) >> PAGE_SHIFT
-            if fills := cache.fills_of(file, offset >> PAGE_SHIFT, end_page):
+            if fills := file.fills_of(offset >> PAGE_SHIFT, end_page):
                 with self.watchdog.patience():
                     await fills[0].done.wait()
             elif partial:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cachefs.cache.file import CachedFile
-    from cachefs.cache.pagecache import Fill
+    from cachefs.cache.waits import Fill
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT

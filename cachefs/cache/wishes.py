@@ -4,6 +4,8 @@ All of it plain code in the trio thread, like `PageCache` itself; what may take 
 between.
 """
 
+from collections.abc import Iterable
+
 from cachefs.cache.file import CachedFile
 from cachefs.cache.page import ALL, GROUP_PAGES, GROUP_SHIFT, PAGE_SHIFT, pieces, span
 from cachefs.cache.pagecache import PageCache
@@ -32,6 +34,14 @@ def want(cache: PageCache, file: CachedFile, start_page: int, end_page: int) -> 
         if group is not None and (mask := group.uptodate & span(first, last)):
             for _ in range(WANTED_USES):
                 cache.policy.touch(group.key, mask)
+
+
+def drop(cache: PageCache, file: CachedFile, indexes: Iterable[int] | None = None) -> int:
+    """Every clean page that is not pinned leaves, on request, of all groups or those at `indexes`; returns how many did."""
+    groups = [file.groups.get(index) for index in (list(file.groups) if indexes is None else indexes)]
+    dropped = sum(cache.remove(group, group.evictable, "dropped") for group in groups if group is not None)
+    cache.room.unpark_all()
+    return dropped
 
 
 def drop_transient(cache: PageCache, file: CachedFile, first: int = 0, stop: int = 0, unread_too: bool = False) -> None:

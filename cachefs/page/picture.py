@@ -17,6 +17,7 @@ from operator import attrgetter
 
 import trio
 
+from cachefs.cache.figures import statistics_of
 from cachefs.cache.file import CachedFile
 from cachefs.cache.page import PAGE_SIZE
 from cachefs.cache.residency import Cached, look_at
@@ -186,7 +187,7 @@ class Picture:
         return Frame(self._epoch, self._version, self._now(), strips, gone, self._oldest_gone, samples, self._facts())
 
     def _facts(self) -> dict[str, object]:
-        config, cache = self.stack.config, self.stack.cache.statistics()
+        config, cache = self.stack.config, statistics_of(self.stack.cache)
         return {
             "mountpoint": escaped(config.mountpoint),
             "source": escaped(config.source),

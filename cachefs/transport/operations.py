@@ -15,10 +15,12 @@ import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FlagT, FUSEError, InodeT, ModeT, RequestContext, SetattrFields
 
 from backing.base import Entry
+from cachefs.creation import Caller
 from cachefs.directories import STATS_AT_ONCE
 from cachefs.files import Files, Opened
-from cachefs.fs import Caller, Changes, FileSystem
+from cachefs.fs import FileSystem
 from cachefs.inode import Attributes, Inode
+from cachefs.setattr import Changes
 from cachefs.statistics import Histogram
 
 log = logging.getLogger(__name__)
@@ -187,7 +189,7 @@ class Operations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        await self.ask(self.fs.setattr, inode, changes, ctx.uid, groups_of(ctx, inode))
+        await self.ask(self.files.setter.setattr, inode, changes, ctx.uid, groups_of(ctx, inode))
         return self._entry(inode)
 
     @request
@@ -203,17 +205,17 @@ class Operations(pyfuse3.Operations):
 
     @request
     async def mknod(self, parent: InodeT, name: bytes, mode: ModeT, rdev: int, ctx: RequestContext) -> EntryAttributes:
-        made = await self.ask(self.fs.mknod, self._inode(parent), name, mode, rdev, caller(ctx), undo=self.fs.unlook)
+        made = await self.ask(self.fs.creation.mknod, self._inode(parent), name, mode, rdev, caller(ctx), undo=self.fs.unlook)
         return self._entry(made)
 
     @request
     async def mkdir(self, parent: InodeT, name: bytes, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
-        made = await self.ask(self.fs.mkdir, self._inode(parent), name, mode, caller(ctx), undo=self.fs.unlook)
+        made = await self.ask(self.fs.creation.mkdir, self._inode(parent), name, mode, caller(ctx), undo=self.fs.unlook)
         return self._entry(made)
 
     @request
     async def symlink(self, parent: InodeT, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
-        made = await self.ask(self.fs.symlink, self._inode(parent), name, target, caller(ctx), undo=self.fs.unlook)
+        made = await self.ask(self.fs.creation.symlink, self._inode(parent), name, target, caller(ctx), undo=self.fs.unlook)
         return self._entry(made)
 
     @request
@@ -296,7 +298,7 @@ class Operations(pyfuse3.Operations):
     async def open(self, node: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         inode = self._inode(node)
         arguments = (inode, flags, ctx.uid, groups_of(ctx, inode), ctx.pid)
-        opened = self.files.open_known(*arguments) if self.files.believed(inode) else None  # nothing to ask for
+        opened = self.files.open_known(*arguments) if self.files.attributes.believed(inode) else None  # nothing to ask for
         if opened is None:
             known = functools.partial(self.files.open_known, *arguments)
             opened = await self.ask(self.files.open, *arguments, memory=known, undo=self.fs.unopen)
@@ -314,7 +316,7 @@ class Operations(pyfuse3.Operations):
         self, parent: InodeT, name: bytes, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         arguments = (self._inode(parent), name, mode, flags, caller(ctx))
-        inode, opened = await self.ask(self.fs.create, *arguments, undo=self.fs.uncreate)
+        inode, opened = await self.ask(self.fs.creation.create, *arguments, undo=self.fs.uncreate)
         return self._info(opened), self._entry(inode)
 
     @request
@@ -354,19 +356,19 @@ class Operations(pyfuse3.Operations):
     @request
     async def getxattr(self, node: InodeT, name: bytes, ctx: RequestContext) -> bytes:
         inode = self._inode(node)
-        found = await self.ask(self.fs.getxattr, inode, name, memory=lambda: inode.xattrs.get(name))
+        found = await self.ask(self.fs.xattrs.getxattr, inode, name, memory=lambda: inode.xattrs.get(name))
         if isinstance(found, int):
             raise FUSEError(found)
         return found
 
     @request
     async def listxattr(self, node: InodeT, ctx: RequestContext) -> Sequence[bytes]:
-        return await self.ask(self.fs.listxattr, self._inode(node))
+        return await self.ask(self.fs.xattrs.listxattr, self._inode(node))
 
     @request
     async def setxattr(self, node: InodeT, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        await self.ask(self.fs.setxattr, self._inode(node), name, value)
+        await self.ask(self.fs.xattrs.setxattr, self._inode(node), name, value)
 
     @request
     async def removexattr(self, node: InodeT, name: bytes, ctx: RequestContext) -> None:
-        await self.ask(self.fs.removexattr, self._inode(node), name)
+        await self.ask(self.fs.xattrs.removexattr, self._inode(node), name)

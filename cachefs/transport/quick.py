@@ -45,7 +45,7 @@ class Quick:
 
     def getattr(self, request: Request) -> Answer | None:
         inode = self.table.get(request.node)
-        return wire.attr_out(self.operations._entry(inode)) if self.files.refresh_now(inode) else None
+        return wire.attr_out(self.operations._entry(inode)) if self.files.attributes.refresh_now(inode) else None
 
     def open(self, request: Request) -> Answer | None:
         inode, flags = self.table.get(request.node), wire.open_in(request.body)
@@ -79,7 +79,7 @@ class Quick:
 
     def getxattr(self, request: Request) -> Answer | int | None:
         room, name = wire.getxattr_in(request)
-        found = self.fs.getxattr_now(self.table.get(request.node), name)
+        found = self.fs.xattrs.getxattr_now(self.table.get(request.node), name)
         return found if found is None or isinstance(found, int) else sized(found, room)
 
 

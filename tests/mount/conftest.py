@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("twin", "mounts")
+pytest.register_assert_rewrite("twin", "mounts", "sides")
 
 from mounts import Factory, Mount, mounting, wait_until  # noqa: E402, F401  # wait_until for tests
 from twin import Twin, inside, tree  # noqa: E402

@@ -13,7 +13,7 @@ from backing.directory import DirectoryBacking
 from cachefs.cache import wishes
 from cachefs.cache.page import GROUP_SIZE, PAGE_SIZE
 from cachefs.config import make_config
-from cachefs.fs import Caller
+from cachefs.creation import Caller
 from cachefs.metrics import make_registry
 from cachefs.stack import Stack
 from world import close_descriptors
@@ -72,6 +72,6 @@ async def fill(stack: Stack, names: list[bytes]) -> None:
         if i >= HANDLES:
             await files.release(number)
     caller = Caller(os.geteuid(), os.getegid(), 0o022)
-    _, sparse = await stack.fs.create(stack.table.root, b"sparse", 0o100644, os.O_RDWR, caller)
+    _, sparse = await stack.fs.creation.create(stack.table.root, b"sparse", 0o100644, os.O_RDWR, caller)
     for index in range(DIRTY_GROUPS):
         await files.write(sparse.number, index * GROUP_SIZE, b"x" * P)

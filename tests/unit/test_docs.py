@@ -36,7 +36,8 @@ FOREIGN = {
     "wait", "park", "acquire_on_behalf_of", "_locked", "_bytes", "_pages", "_seconds", "_ns", *KERNEL_CACHE_MODES, *POLICY_NAMES,
 }  # fmt: skip
 AWAITS_OF = (
-    "cachefs/cache/fill.py", "cachefs/writeback.py", "cachefs/files.py", "cachefs/source.py", "cachefs/conflicts.py",
+    "cachefs/cache/fill.py", "cachefs/writeback.py", "cachefs/files.py", "cachefs/durability.py", "cachefs/setattr.py",
+    "cachefs/attributes.py", "cachefs/source.py", "cachefs/conflicts.py",
     "cachefs/watch.py", "cachefs/descriptors.py", "cachefs/watchdog.py", "cachefs/question.py",
     "cachefs/walk.py",
 )  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from cachefs.cache import leaving
 from cachefs.cache.file import CachedFile
 from cachefs.cache.fill import Filler
 from cachefs.cache.page import PAGE_SIZE
@@ -225,10 +226,10 @@ async def test_truncate_while_filling() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read)
             await wait_all_tasks_blocked()
-            it.cache.truncate(file, 2 * P + 7)  # the call that is under way has read the old bytes
+            leaving.truncate(it.cache, file, 2 * P + 7)  # the call that is under way has read the old bytes
             source.data = source.data[: 2 * P + 7]
             await wait_all_tasks_blocked()
-            it.cache.truncate(file, 4 * P)
+            leaving.truncate(it.cache, file, 4 * P)
             source.data = source.data.ljust(4 * P, b"\0")
             source.gate.set()
         assert replies == [source.data]
@@ -248,7 +249,7 @@ async def test_truncate_to_nothing_while_a_reader_waits() -> None:
 
             nursery.start_soon(read)
             await wait_all_tasks_blocked()
-            it.cache.truncate(file, 0)
+            leaving.truncate(it.cache, file, 0)
             source.gate.set()
         assert replies == [b""] and not it.cache.resident_pages
 
@@ -267,7 +268,7 @@ async def test_invalidate_while_filling() -> None:
             nursery.start_soon(read)
             await wait_all_tasks_blocked()
             source.data = b"n" * 8 * P
-            it.cache.invalidate(file)
+            leaving.invalidate(it.cache, file)
             source.gate.set()
         assert replies == [b"n" * 8 * P]
 
@@ -316,7 +317,7 @@ async def test_a_partial_write_behind_a_truncate_that_came_between() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(it.write, file, 5 * P + 10, b"new")
             await wait_all_tasks_blocked()
-            it.cache.truncate(file, P)
+            leaving.truncate(it.cache, file, P)
             source.data = source.data[:P]
             source.gate.set()
         assert file.size == 5 * P + 13
@@ -352,7 +353,7 @@ async def test_regression_dropped_pages_wake_who_waits_for_room() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(it.write, other, 0, b"o" * P)
             await wait_all_tasks_blocked()
-            it.cache.truncate(file, 0)
+            leaving.truncate(it.cache, file, 0)
             with trio.fail_after(1):
                 await wait_all_tasks_blocked()
                 assert other.size == P

@@ -12,8 +12,9 @@ import trio
 import trio.testing
 
 from backing.base import RENAME_EXCHANGE
-from cachefs.fs import Caller, Changes
+from cachefs.creation import Caller
 from cachefs.inode import Inode, patched
+from cachefs.setattr import Changes
 from world import World
 
 BLIND: list[dict[str, object]] = [{"op": "fstat", "errno": "EIO"}]  # no look at an open inode's attributes works
@@ -63,13 +64,13 @@ async def exchange(world: World, inode: Inode) -> None:
 
 def setattr_of(**changes: int) -> Step:
     async def change(world: World, inode: Inode) -> None:
-        await world.fs.setattr(inode, Changes(**changes), 0)
+        await world.files.setter.setattr(inode, Changes(**changes), 0)
 
     return change
 
 
 async def setxattr(world: World, inode: Inode) -> None:
-    await world.fs.setxattr(inode, b"user.a", b"1")
+    await world.fs.xattrs.setxattr(inode, b"user.a", b"1")
 
 
 CHANGES: dict[str, Step] = {
@@ -101,7 +102,7 @@ def test_a_change_that_the_backing_made_succeeds_whatever_becomes_of_the_look_at
         theirs, seen = os.stat(f"/proc/self/fd/{inode.reader}"), inode.attributes().st
         for name in ("st_mode", "st_nlink", "st_uid", "st_gid", "st_size"):
             assert getattr(seen, name) == getattr(theirs, name), name
-        assert not world.files.believed(inode), "the next look is due at once"
+        assert not world.files.attributes.believed(inode), "the next look is due at once"
         world.backing.set_plan([])
         await world.fs.getattr(inode)
         assert inode.st == theirs
@@ -118,10 +119,10 @@ def test_times_and_sizes_set_are_shown_whatever_becomes_of_the_look_at_them(tmp_
         # On a local backing a look comes first, so that somebody else's change is not hidden.
         look: list[dict[str, object]] = [{"op": "fstat", "errno": "EIO", "after": 0 if blocking else 1}]
         world.backing.set_plan(look)
-        await world.fs.setattr(inode, Changes(mtime_ns=5_000_000_007), 0)
+        await world.files.setter.setattr(inode, Changes(mtime_ns=5_000_000_007), 0)
         assert inode.attributes().mtime_ns == 5_000_000_007
         world.backing.set_plan(look)
-        await world.fs.setattr(inode, Changes(size=4), 0)
+        await world.files.setter.setattr(inode, Changes(size=4), 0)
         assert (inode.attributes().size, os.stat(tmp_path / "file").st_size) == (4, 4)
         assert inode.attributes().mtime_ns > 5_000_000_007
         world.backing.set_plan([])
@@ -186,12 +187,12 @@ def test_what_somebody_put_in_the_place_of_a_new_node_is_not_given_away(
         setattr(world.backing.inner, method, make_and_plant)
         root = world.table.root
         if kind == "mkdir":
-            inode = await world.fs.mkdir(root, b"new", 0o755, SOMEBODY)
+            inode = await world.fs.creation.mkdir(root, b"new", 0o755, SOMEBODY)
         elif kind == "symlink":
-            inode = await world.fs.symlink(root, b"new", b"target", SOMEBODY)
+            inode = await world.fs.creation.symlink(root, b"new", b"target", SOMEBODY)
         else:
             mode = stat.S_IFREG if kind == "mknod" else stat.S_IFIFO
-            inode = await world.fs.mknod(root, b"new", mode | 0o6755, 0, SOMEBODY)
+            inode = await world.fs.creation.mknod(root, b"new", mode | 0o6755, 0, SOMEBODY)
         planted = os.lstat(tmp_path / "new")
         assert (planted.st_uid, planted.st_gid) == (0, 0)
         assert not planted.st_mode & 0o6000
@@ -207,12 +208,12 @@ def test_what_is_made_belongs_to_who_asked_for_it(tmp_path: Path, blocking: bool
     async def main(world: World) -> None:
         root = world.table.root
         made = [
-            await world.fs.mkdir(root, b"dir", 0o755, SOMEBODY),
-            await world.fs.symlink(root, b"link", b"secret", SOMEBODY),
-            await world.fs.mknod(root, b"fifo", stat.S_IFIFO | 0o644, 0, SOMEBODY),
-            await world.fs.mknod(root, b"device", stat.S_IFCHR | 0o644, os.makedev(1, 3), SOMEBODY),
-            await world.fs.mknod(root, b"set-id", stat.S_IFREG | 0o6755, 0, SOMEBODY),
-            await world.fs.mknod(root, b"plain", 0o644, 0, SOMEBODY),
+            await world.fs.creation.mkdir(root, b"dir", 0o755, SOMEBODY),
+            await world.fs.creation.symlink(root, b"link", b"secret", SOMEBODY),
+            await world.fs.creation.mknod(root, b"fifo", stat.S_IFIFO | 0o644, 0, SOMEBODY),
+            await world.fs.creation.mknod(root, b"device", stat.S_IFCHR | 0o644, os.makedev(1, 3), SOMEBODY),
+            await world.fs.creation.mknod(root, b"set-id", stat.S_IFREG | 0o6755, 0, SOMEBODY),
+            await world.fs.creation.mknod(root, b"plain", 0o644, 0, SOMEBODY),
         ]
         for inode, name in zip(made, ("dir", "link", "fifo", "device", "set-id", "plain"), strict=True):
             st = os.lstat(tmp_path / name)
@@ -230,7 +231,7 @@ def test_regression_a_write_that_waits_for_its_page_leaves_the_times_alone(tmp_p
     async def test(world: World) -> None:
         inode, number = await world.open("file")
         await world.files.write(number, 4096, bytes(4096))
-        await world.fs.setattr(inode, Changes(mtime_ns=10**18), 0)
+        await world.files.setter.setattr(inode, Changes(mtime_ns=10**18), 0)
         world.backing.set_plan([{"op": "preadv", "hang": True}])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(world.files.write, number, 7, b"x")
@@ -283,7 +284,7 @@ def test_times_set_beside_unwritten_data_go_there_with_it(tmp_path: Path) -> Non
         await world.files.write(handle, 0, b"unwritten")
         ctime_ns = inode.attributes().ctime_ns
         before = world.backing.calls.copy()
-        await world.fs.setattr(inode, Changes(atime_ns=3_000_000_007, mtime_ns=5_000_000_007), 0)
+        await world.files.setter.setattr(inode, Changes(atime_ns=3_000_000_007, mtime_ns=5_000_000_007), 0)
         assert world.backing.calls == before
         seen = inode.attributes()
         assert (seen.st.st_atime_ns, seen.mtime_ns) == (3_000_000_007, 5_000_000_007)
@@ -306,8 +307,8 @@ def test_times_set_beside_data_that_is_cut_away_are_not_lost(tmp_path: Path) -> 
     async def main(world: World) -> None:
         inode, handle = await world.open("file")
         await world.files.write(handle, 0, b"unwritten")
-        await world.fs.setattr(inode, Changes(atime_ns=3_000_000_007, mtime_ns=5_000_000_007), 0)
-        await world.fs.setattr(inode, Changes(size=0), 0)
+        await world.files.setter.setattr(inode, Changes(atime_ns=3_000_000_007, mtime_ns=5_000_000_007), 0)
+        await world.files.setter.setattr(inode, Changes(size=0), 0)
         await world.files.flush(handle)
         assert os.stat(tmp_path / "file").st_atime_ns == inode.attributes().st.st_atime_ns == 3_000_000_007
 
@@ -318,7 +319,7 @@ def test_times_set_beside_data_that_is_cut_away_are_not_lost(tmp_path: Path) -> 
 def test_times_set_where_nothing_is_unwritten_go_there_at_once(tmp_path: Path, blocking: bool) -> None:
     async def main(world: World) -> None:
         inode, _ = await world.open("file")
-        await world.fs.setattr(inode, Changes(atime_ns=3_000_000_007, mtime_ns=5_000_000_007), 0)
+        await world.files.setter.setattr(inode, Changes(atime_ns=3_000_000_007, mtime_ns=5_000_000_007), 0)
         assert os.stat(tmp_path / "file").st_mtime_ns == 5_000_000_007
 
     over(tmp_path, main, blocking)
@@ -332,7 +333,7 @@ def test_times_of_a_file_that_was_not_made_here_go_there_at_once(tmp_path: Path)
         await world.files.write(handle, 0, b"unwritten")
         world.backing.set_plan([{"op": "utime", "errno": "EPERM"}])
         with pytest.raises(PermissionError):
-            await world.fs.setattr(inode, Changes(mtime_ns=5_000_000_007), 0)
+            await world.files.setter.setattr(inode, Changes(mtime_ns=5_000_000_007), 0)
 
     over(tmp_path, main, True)
 
@@ -342,13 +343,14 @@ def test_a_file_given_to_who_has_it_is_not_given_again(tmp_path: Path) -> None:
         inode, handle = await world.open("file")
         await world.files.write(handle, 0, b"unwritten")
         st, ctime_ns = inode.st, inode.attributes().ctime_ns
-        await world.fs.setattr(inode, Changes(uid=st.st_uid, gid=st.st_gid), 0)
+        await world.files.setter.setattr(inode, Changes(uid=st.st_uid, gid=st.st_gid), 0)
         assert not world.backing.calls["chown"]
         assert inode.attributes().ctime_ns >= ctime_ns
-        await world.fs.setattr(inode, Changes(), 0)  # chown(-1, -1)
+        await world.files.setter.setattr(inode, Changes(), 0)  # chown(-1, -1)
         assert world.backing.calls["chown"] == 1
         await world.files.flush(handle)
-        await world.fs.setattr(inode, Changes(uid=st.st_uid), 0)  # nothing is unwritten: who knows what else it takes away
+        # Nothing is unwritten: who knows what else it takes away.
+        await world.files.setter.setattr(inode, Changes(uid=st.st_uid), 0)
         assert world.backing.calls["chown"] == 2
 
     over(tmp_path, main, True)
@@ -357,9 +359,9 @@ def test_a_file_given_to_who_has_it_is_not_given_again(tmp_path: Path) -> None:
 def test_set_id_bits_go_with_a_chown_to_who_has_the_file(tmp_path: Path) -> None:
     async def main(world: World) -> None:
         inode, handle = await world.open("file")
-        await world.fs.setattr(inode, Changes(mode=0o104755), 0)
+        await world.files.setter.setattr(inode, Changes(mode=0o104755), 0)
         await world.files.write(handle, 0, b"unwritten")
-        await world.fs.setattr(inode, Changes(uid=inode.st.st_uid), 0)
+        await world.files.setter.setattr(inode, Changes(uid=inode.st.st_uid), 0)
         assert world.backing.calls["chown"] == 1
 
     over(tmp_path, main, True)
@@ -367,9 +369,9 @@ def test_set_id_bits_go_with_a_chown_to_who_has_the_file(tmp_path: Path) -> None
 
 def test_a_directory_is_looked_at_again_before_anybody_asks(tmp_path: Path) -> None:
     async def main(world: World) -> None:
-        await world.fs.mkdir(world.table.root, b"d", 0o40755, Caller(os.geteuid(), os.getegid(), 0o022))
+        await world.fs.creation.mkdir(world.table.root, b"d", 0o40755, Caller(os.geteuid(), os.getegid(), 0o022))
         await trio.testing.wait_all_tasks_blocked(0.05)
-        while not world.files.believed(world.table.root):
+        while not world.files.attributes.believed(world.table.root):
             await trio.sleep(0.01)
         before = world.backing.calls.copy()
         await world.fs.getattr(world.table.root)

@@ -27,7 +27,7 @@ def hinting(top: Path, test: Callable[[World, Hints], Awaitable[None]], rules: s
             world = World(nursery, top, **options)  # type: ignore[arg-type]
             pins = Pins(world.fs, None)
             hints = Hints(world.files, pins, parse_rules(rules), nursery, world.changed.append)
-            world.fs.hints, world.files.advise = hints, hints.opened
+            world.fs.xattrs.hints, world.files.advise = hints, hints.opened
             nursery.start_soon(pins.run)
             await test(world, hints)
             world.check()
@@ -42,9 +42,9 @@ async def fails(world: World, inode: Inode, name: bytes, value: bytes | None) ->
     """The errno of setting an attribute, or removing it (None)."""
     with pytest.raises(OSError) as caught:
         if value is None:
-            await world.fs.removexattr(inode, name)
+            await world.fs.xattrs.removexattr(inode, name)
         else:
-            await world.fs.setxattr(inode, name, value)
+            await world.fs.xattrs.setxattr(inode, name, value)
     return caught.value.errno
 
 
@@ -63,14 +63,14 @@ def test_resident_tells_the_bytes_in_memory_and_is_not_listed(tmp_path: Path) ->
 
     async def test(world: World, hints: Hints) -> None:
         inode = await world.fs.lookup(world.table.root, b"f")
-        assert await world.fs.getxattr(inode, RESIDENT) == b"0"
+        assert await world.fs.xattrs.getxattr(inode, RESIDENT) == b"0"
         number = (await world.files.open(inode, os.O_RDONLY, 0)).number
         assert await fetched(world, number, 3) == 1
-        assert await world.fs.getxattr(inode, RESIDENT) == b"5"
+        assert await world.fs.xattrs.getxattr(inode, RESIDENT) == b"5"
         await world.read(number, 0, P)
-        assert await world.fs.getxattr(inode, RESIDENT) == b"%d" % (P + 5)
-        assert await world.fs.listxattr(inode) == [b"user.mine"]
-        assert await world.fs.getxattr(inode, b"user.mine") == b"1"
+        assert await world.fs.xattrs.getxattr(inode, RESIDENT) == b"%d" % (P + 5)
+        assert await world.fs.xattrs.listxattr(inode) == [b"user.mine"]
+        assert await world.fs.xattrs.getxattr(inode, b"user.mine") == b"1"
         assert await fails(world, inode, RESIDENT, b"7") == await fails(world, inode, RESIDENT, None) == errno.EPERM
 
     hinting(tmp_path, test, readahead_pages=0)
@@ -85,16 +85,16 @@ def test_pin_pins_and_unpins(tmp_path: Path) -> None:
         large = await world.fs.lookup(world.table.root, b"large")
         for unpin in (b"0", None):
             with pytest.raises(OSError, match="No data"):
-                await world.fs.getxattr(inode, PIN)
-            await world.fs.setxattr(inode, PIN, b"1")
-            assert await world.fs.getxattr(inode, PIN) == b"1"
+                await world.fs.xattrs.getxattr(inode, PIN)
+            await world.fs.xattrs.setxattr(inode, PIN, b"1")
+            assert await world.fs.xattrs.getxattr(inode, PIN) == b"1"
             hints.pins.kick()
             await hints.pins.looked.park()
             assert world.cache.pinned_pages == 3
             if unpin is None:
-                await world.fs.removexattr(inode, PIN)
+                await world.fs.xattrs.removexattr(inode, PIN)
             else:
-                await world.fs.setxattr(inode, PIN, unpin)
+                await world.fs.xattrs.setxattr(inode, PIN, unpin)
             assert world.cache.pinned_pages == 0
         assert await fails(world, inode, PIN, b"yes") == errno.EINVAL
         assert await fails(world, inode, PIN, None) == errno.ENODATA
@@ -112,14 +112,14 @@ def test_advice_holds_for_open_and_for_later_handles_until_it_is_taken_away(tmp_
 
     async def test(world: World, hints: Hints) -> None:
         inode, number = await world.open("f", os.O_RDONLY)
-        await world.fs.setxattr(inode, ADVICE, b"random")
-        assert await world.fs.getxattr(inode, ADVICE) == b"random"
+        await world.fs.xattrs.setxattr(inode, ADVICE, b"random")
+        assert await world.fs.xattrs.getxattr(inode, ADVICE) == b"random"
         assert await fetched(world, number, 0, 1, 2, 3) == 4
         _, other = await world.open("f", os.O_RDONLY)
         assert await fetched(world, other, 100, 101) == 2
-        await world.fs.setxattr(inode, ADVICE, b"sequential")
+        await world.fs.xattrs.setxattr(inode, ADVICE, b"sequential")
         assert await fetched(world, other, 200, 201) >= world.files.readahead_max_pages // 2
-        await world.fs.removexattr(inode, ADVICE)
+        await world.fs.xattrs.removexattr(inode, ADVICE)
         assert await fails(world, inode, ADVICE, None) == errno.ENODATA
         assert await fails(world, inode, ADVICE, b"often") == errno.EINVAL
         assert (world.files.handles[other].readahead.least_pages, inode.kept) == (0, 0)
@@ -132,7 +132,7 @@ def test_a_file_with_an_advice_stays_known_until_it_is_removed(tmp_path: Path) -
 
     async def test(world: World, hints: Hints) -> None:
         inode, number = await world.open("f", os.O_RDONLY)
-        await world.fs.setxattr(inode, ADVICE, b"noreuse")
+        await world.fs.xattrs.setxattr(inode, ADVICE, b"noreuse")
         await world.release(number)
         world.fs.forget(inode.node, inode.lookups)
         assert inode in list(world.table)
@@ -151,14 +151,14 @@ def test_willneed_brings_the_file_and_dontneed_drops_it(tmp_path: Path) -> None:
 
     async def test(world: World, hints: Hints) -> None:
         inode = await world.fs.lookup(world.table.root, b"f")
-        await world.fs.setxattr(inode, ADVICE, b"willneed")
+        await world.fs.xattrs.setxattr(inode, ADVICE, b"willneed")
         await trio.testing.wait_all_tasks_blocked()
-        while await world.fs.getxattr(inode, RESIDENT) != b"%d" % (30 * P):
+        while await world.fs.xattrs.getxattr(inode, RESIDENT) != b"%d" % (30 * P):
             await trio.sleep(0.01)
         with pytest.raises(OSError, match="No data"):
-            await world.fs.getxattr(inode, ADVICE)
-        await world.fs.setxattr(inode, ADVICE, b"dontneed")
-        assert await world.fs.getxattr(inode, RESIDENT) == b"0" and world.changed == [inode]
+            await world.fs.xattrs.getxattr(inode, ADVICE)
+        await world.fs.xattrs.setxattr(inode, ADVICE, b"dontneed")
+        assert await world.fs.xattrs.getxattr(inode, RESIDENT) == b"0" and world.changed == [inode]
         assert world.cache.evictions["dropped"] == 30
 
     hinting(tmp_path, test)
@@ -171,12 +171,12 @@ def test_advice_is_kept_for_so_many_files(tmp_path: Path, monkeypatch: pytest.Mo
 
     async def test(world: World, hints: Hints) -> None:
         a, b, c = [await world.fs.lookup(world.table.root, name) for name in (b"a", b"b", b"c")]
-        await world.fs.setxattr(a, ADVICE, b"random")
-        await world.fs.setxattr(b, ADVICE, b"random")
-        await world.fs.setxattr(b, ADVICE, b"noreuse")
+        await world.fs.xattrs.setxattr(a, ADVICE, b"random")
+        await world.fs.xattrs.setxattr(b, ADVICE, b"random")
+        await world.fs.xattrs.setxattr(b, ADVICE, b"noreuse")
         assert await fails(world, c, ADVICE, b"random") == errno.ENOSPC
         await world.fs.unlink(world.table.root, b"a")
-        await world.fs.setxattr(c, ADVICE, b"random")
+        await world.fs.xattrs.setxattr(c, ADVICE, b"random")
 
     hinting(tmp_path, test)
 
@@ -196,7 +196,7 @@ def test_a_rule_goes_before_the_advice_of_the_file(tmp_path: Path, monkeypatch: 
         async def opened(inode: Inode) -> Handle:
             return world.files.handles[(await world.files.open(inode, os.O_RDONLY, 0)).number]
 
-        await world.fs.setxattr(iso, ADVICE, b"random")
+        await world.fs.xattrs.setxattr(iso, ADVICE, b"random")
         assert (await opened(iso)).readahead.transient and (await opened(other)).readahead.transient
         program = "cat"
         handle = await opened(iso)
@@ -227,7 +227,7 @@ def test_a_noreuse_reader_gets_the_right_bytes_and_leaves_nothing(
             await world.read(hot, 0, 40 * P)
         evicted = world.cache.evictions["capacity"]
         inode, number = await world.open("big", os.O_RDONLY)
-        await world.fs.setxattr(inode, ADVICE, b"noreuse")
+        await world.fs.xattrs.setxattr(inode, ADVICE, b"noreuse")
         seen = b"".join([await world.read(number, offset, step) for offset in range(0, len(data), step)])
         assert seen == data
         await world.release(number)

@@ -14,6 +14,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cachefs.cache import wishes
 from cachefs.cache.page import PAGE_SIZE
 from cachefs.transport import lane as lane_module
 from cachefs.transport import wire
@@ -86,7 +87,7 @@ def test_a_file_is_found_read_written_and_let_go_of(tmp_path: Path) -> None:
             assert stage.count("read") == 3 and stage.count("write") == 1 and stage.count("lookup") == 1
             await kernel.must(wire.FSYNC, node, handle.to_bytes(16, "little"))
             await kernel.must(wire.RELEASE, node, handle.to_bytes(24, "little"))
-            stage.world.cache.drop(stage.world.table.get(node).file)  # type: ignore[arg-type]  # it was open
+            wishes.drop(stage.world.cache, stage.world.table.get(node).file)  # type: ignore[arg-type]  # it was open
             kernel.send(wire.FORGET, node, (1).to_bytes(8, "little"))
             await kernel.must(wire.STATFS)  # requests are handled in their order
             assert len(stage.world.table) == before

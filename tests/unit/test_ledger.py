@@ -14,9 +14,10 @@ import trio
 import trio.testing
 
 from cachefs import control, ledger
+from cachefs.cache import leaving
 from cachefs.cache.page import GROUP_PAGES, GROUP_SIZE, PAGE_SIZE
+from cachefs.creation import Caller
 from cachefs.entries import merged
-from cachefs.fs import Caller
 from cachefs.inode import Inode
 from cachefs.ledger import Ledger
 from world import World
@@ -50,8 +51,8 @@ async def make(world: World, path: str, data: bytes = b"") -> tuple[Inode, int]:
         try:
             parent = await world.fs.lookup(parent, part)
         except FileNotFoundError:
-            parent = await world.fs.mkdir(parent, part, 0o755, CALLER)
-    inode, opened = await world.fs.create(parent, name, 0o100644, os.O_RDWR | os.O_CREAT, CALLER)
+            parent = await world.fs.creation.mkdir(parent, part, 0o755, CALLER)
+    inode, opened = await world.fs.creation.create(parent, name, 0o100644, os.O_RDWR | os.O_CREAT, CALLER)
     if data:
         await world.files.write(opened.number, 0, data)
     return inode, opened.number
@@ -179,7 +180,7 @@ def test_a_hundred_thousand_extents_are_made_in_parts_of_a_few_milliseconds(tmp_
             begin = time.thread_time()
         assert found == extents
         assert sorted(durations)[-3] < 0.02, sorted(durations)[-5:]  # the collector of garbage may come in between
-        world.cache.give_up(inode.file)
+        leaving.give_up(world.cache, inode.file)
 
     over(tmp_path, main, pages=300_000, limit_pages=200_000)
 
@@ -190,7 +191,7 @@ def test_a_file_with_many_clean_groups_is_looked_at_in_slices(tmp_path: Path, mo
     async def main(world: World, book: Ledger) -> None:
         inode, handle = await make(world, "file", b"x")
         assert inode.file is not None
-        await world.files.truncate(inode, 500 * GROUP_SIZE, 0, frozenset())
+        await world.files.setter.truncate(inode, 500 * GROUP_SIZE, 0, frozenset())
         for group in range(1, 200):
             await world.read(handle, group * GROUP_SIZE, 1)
         inode.file.writeback_pages += 1  # as if some were on their way: all groups are looked at
@@ -322,7 +323,7 @@ def test_discard_gives_up_what_is_dirty_and_shows_what_the_backing_has(tmp_path:
             await world.files.fsync(handle, False)
         os.utime(tmp_path / "file", ns=(5, 1_000_000_007))
         assert book.find_unwritten(b"file") == [inode]
-        assert await world.files.discard_unwritten(inode) == P + 100
+        assert await world.files.durability.discard_unwritten(inode) == P + 100
         assert not inode.unwritten and inode not in world.writeback.dirty and not inode.tries
         after = inode.attributes()
         assert (after.size, after.mtime_ns) == (3 * P + 10, 1_000_000_007)
@@ -330,7 +331,7 @@ def test_discard_gives_up_what_is_dirty_and_shows_what_the_backing_has(tmp_path:
         assert await world.read(handle, 0, 99 * P) == b"o" * (3 * P + 10)
         assert world.changed[-1] is inode
         assert other.unwritten and book.find_unwritten(b"file") == []
-        assert await world.files.discard_unwritten(inode) == 0
+        assert await world.files.durability.discard_unwritten(inode) == 0
         world.backing.set_plan([])
         await world.files.write(handle, P, b"again")
         await world.files.fsync(handle, False)
@@ -345,7 +346,7 @@ def test_discard_of_a_new_file_leaves_the_empty_one_that_the_backing_has(tmp_pat
         inode, handle = await make(world, "file", b"x" * 5000)
         await fails(world, inode)
         await world.release(handle)
-        assert await world.files.discard_unwritten(inode) == 5000
+        assert await world.files.durability.discard_unwritten(inode) == 5000
         assert inode.attributes().size == 0 and inode.reader == inode.writer == -1
         assert (tmp_path / "file").read_bytes() == b""
 
@@ -360,7 +361,7 @@ def test_discard_works_while_the_backing_cannot_be_looked_at(tmp_path: Path) -> 
         world.backing.set_plan([{"op": "*", "errno": "ESTALE"}])
         with pytest.raises(OSError):
             await world.writeback.flush(inode)
-        assert await world.files.discard_unwritten(inode) == 5
+        assert await world.files.durability.discard_unwritten(inode) == 5
         assert inode.attributes().size == 3
 
     over(tmp_path, main)
@@ -372,7 +373,7 @@ def test_discard_waits_for_a_batch_under_way_and_writes_that_came_meanwhile_go_t
         discarded: list[int] = []
 
         async def discard() -> None:
-            discarded.append(await world.files.discard_unwritten(inode))
+            discarded.append(await world.files.durability.discard_unwritten(inode))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(world.writeback.flush, inode)
@@ -395,7 +396,7 @@ def test_discard_of_a_file_that_others_changed_shows_theirs(tmp_path: Path) -> N
         assert await world.read(handle, 2 * P, P) == b"o" * P
         await world.files.write(handle, 0, b"ours")
         (tmp_path / "file").write_bytes(b"t" * 4 * P)
-        assert await world.files.discard_unwritten(inode) == P
+        assert await world.files.durability.discard_unwritten(inode) == P
         assert await world.read(handle, 0, 9 * P) == b"t" * 4 * P
 
     over(tmp_path, main)

@@ -115,10 +115,10 @@ def test_a_local_directory_is_read_each_time(tmp_path: Path) -> None:
 
 
 CHANGES: dict[str, Change] = {
-    "create": lambda fs, top: fs.create(top, b"new", 0o100644, os.O_RDWR, CALLER),
-    "mknod": lambda fs, top: fs.mknod(top, b"new", 0o100644, 0, CALLER),
-    "mkdir": lambda fs, top: fs.mkdir(top, b"new", 0o40755, CALLER),
-    "symlink": lambda fs, top: fs.symlink(top, b"new", b"target", CALLER),
+    "create": lambda fs, top: fs.creation.create(top, b"new", 0o100644, os.O_RDWR, CALLER),
+    "mknod": lambda fs, top: fs.creation.mknod(top, b"new", 0o100644, 0, CALLER),
+    "mkdir": lambda fs, top: fs.creation.mkdir(top, b"new", 0o40755, CALLER),
+    "symlink": lambda fs, top: fs.creation.symlink(top, b"new", b"target", CALLER),
     "unlink": lambda fs, top: fs.unlink(top, b"file"),
     "rmdir": lambda fs, top: fs.rmdir(top, b"directory"),
     "rename": lambda fs, top: fs.rename(top, b"file", top, b"new", 0),
@@ -163,7 +163,7 @@ def test_a_listing_that_a_change_of_ours_may_have_overtaken_is_not_kept(tmp_path
         for number in range(20):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(listed, world)
-                nursery.start_soon(world.fs.mkdir, world.table.root, b"%d" % number, 0o40755, CALLER)
+                nursery.start_soon(world.fs.creation.mkdir, world.table.root, b"%d" % number, 0o40755, CALLER)
             assert len(await listed(world)) == number + 1
 
     over(tmp_path, test)

@@ -90,10 +90,10 @@ async def test_names_that_are_known_follow_every_change_of_ours(world: World) ->
     root, fs = world.table.root, world.fs
     named = world.table.named
     for name in (b"a", b"b", b"c"):
-        inode, opened = await fs.create(root, name, 0o100644, CREATE, CALLER)
+        inode, opened = await fs.creation.create(root, name, 0o100644, CREATE, CALLER)
         await world.release(opened.number)
         assert named(root, name) is inode
-    directory = await fs.mkdir(root, b"dir", 0o755, CALLER)
+    directory = await fs.creation.mkdir(root, b"dir", 0o755, CALLER)
     a, b, c = (named(root, name) for name in (b"a", b"b", b"c"))
     await fs.rename(root, b"a", directory, b"x", 0)
     assert (named(root, b"a"), named(directory, b"x")) == (None, a)
@@ -214,7 +214,7 @@ async def test_calls_that_come_back_late_leave_nothing_behind(world: World) -> N
     entry(world.top / "there", b"data")
     for op, question in (
         ("stat", lambda: ask(fs.lookup, root, b"there", undo=fs.unlook)),
-        ("open", lambda: ask(fs.create, root, b"new", 0o100644, CREATE, CALLER, undo=fs.uncreate)),
+        ("open", lambda: ask(fs.creation.create, root, b"new", 0o100644, CREATE, CALLER, undo=fs.uncreate)),
     ):
         world.backing.set_plan([{"op": op, "hang": True}])
         with refused():
@@ -357,7 +357,7 @@ async def test_a_read_that_ends_before_the_file_does_is_an_error_and_no_zeros(wo
     assert await world.read(number, 0, PAGE_SIZE) == b"x" * PAGE_SIZE
     os.truncate(world.top / "file", 3 * PAGE_SIZE)  # somebody else, and this is the first that we see of it
     await world.read(number, 3 * PAGE_SIZE, PAGE_SIZE)
-    await world.files.refresh(inode)
+    await world.files.attributes.refresh(inode)
     assert await world.read(number, 0, 4 * PAGE_SIZE) == b"x" * 3 * PAGE_SIZE
     await world.files.write(number, 5 * PAGE_SIZE, b"y" * PAGE_SIZE)  # our end, unwritten, is behind SOURCE's
     assert await world.read(number, 3 * PAGE_SIZE, 2 * PAGE_SIZE) == bytes(2 * PAGE_SIZE)

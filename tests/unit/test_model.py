@@ -206,7 +206,7 @@ class Harness:
                 case "close":
                     await world.files.flush(tracked.handle)
                 case "getattr":
-                    await world.files.refresh(tracked.inode)
+                    await world.files.attributes.refresh(tracked.inode)
                 case "lookup":
                     await world.fs.lookup(world.table.root, tracked.name.encode())
                 case "flush_all":
@@ -228,7 +228,7 @@ class Harness:
                 await trio.sleep((0.01, 1, 6, 40)[number % 4])
             case "drop":
                 assert tracked.inode.file is not None
-                world.cache.drop(tracked.inode.file)
+                wishes.drop(world.cache, tracked.inode.file)
             case "pin":
                 assert tracked.inode.file is not None
                 wishes.pin(world.cache, tracked.inode.file, not tracked.inode.file.pinned)
@@ -240,7 +240,7 @@ class Harness:
                 wishes.use_policy(world.cache, make(sorted(POLICIES)[number % len(POLICIES)], self.setting.pages))
             case "discard":
                 file = tracked.inode.file
-                if await world.files.discard_unwritten(tracked.inode) and file is not None:
+                if await world.files.durability.discard_unwritten(tracked.inode) and file is not None:
                     # The backing could not be looked at if the size is another one.
                     tracked.model[:] = os.pread(tracked.fd, file.size, 0).ljust(file.size, b"\0")
             case "pressure":
@@ -266,11 +266,11 @@ class Harness:
         os.pwrite(tracked.fd, tracked.model, 0)
         os.utime(tracked.fd, ns=(0, number * 1_000_000_007 + self.made))
         if number % 3:
-            await self.world.files.refresh(tracked.inode)
+            await self.world.files.attributes.refresh(tracked.inode)
         else:  # a fill may be under way at the same time
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.world.read, tracked.handle, 0, size + 1)
-                nursery.start_soon(self.world.files.refresh, tracked.inode)
+                nursery.start_soon(self.world.files.attributes.refresh, tracked.inode)
 
     async def unlink(self, tracked: Tracked) -> None:
         """The file loses its name but stays open; the next time it is closed and another takes its place."""
@@ -383,7 +383,7 @@ class Harness:
         for tracked in self.tracked:
             size = os.fstat(tracked.fd).st_size
             assert os.pread(tracked.fd, size + 1, 0) == tracked.model
-            await self.world.files.refresh(tracked.inode)
+            await self.world.files.attributes.refresh(tracked.inode)
             assert tracked.inode.attributes().size == tracked.inode.st.st_size == size
             os.close(tracked.fd)
 

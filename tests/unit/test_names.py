@@ -32,9 +32,9 @@ def paths(world: World, inode: Inode) -> list[bytes]:
 
 async def make_tree(world: World) -> tuple[Inode, Inode, Inode]:
     """/a/b/file: the inodes of a, b and file."""
-    a = await world.fs.mkdir(world.table.root, b"a", 0o755, CALLER)
-    b = await world.fs.mkdir(a, b"b", 0o755, CALLER)
-    file, _ = await world.fs.create(b, b"file", 0o100644, os.O_RDWR, CALLER)
+    a = await world.fs.creation.mkdir(world.table.root, b"a", 0o755, CALLER)
+    b = await world.fs.creation.mkdir(a, b"b", 0o755, CALLER)
+    file, _ = await world.fs.creation.create(b, b"file", 0o100644, os.O_RDWR, CALLER)
     return a, b, file
 
 

@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cachefs.cache import leaving, reads, wishes
+from cachefs.cache.figures import statistics_of
 from cachefs.cache.file import CachedFile
 from cachefs.cache.page import GROUP_PAGES, GROUP_SIZE, PAGE_SIZE, SMALL_PAGES
-from cachefs.cache.pagecache import Busy, Fill, NoRoom, PageCache, TooDirty
+from cachefs.cache.pagecache import PageCache
 from cachefs.cache.policy import POLICIES, make
+from cachefs.cache.waits import Busy, Fill, NoRoom, TooDirty
 
 P = PAGE_SIZE
 
@@ -41,7 +44,7 @@ class Checked(PageCache):
         self.end(self.begin(file, page, count))
 
     def put(self, file: CachedFile, offset: int, data: bytes) -> None:
-        assert not self.pages_to_fill(file, offset, len(data))
+        assert not file.pages_to_fill(offset, len(data))
         self.write(file, offset, data)
         self.check_invariants()
 
@@ -79,11 +82,12 @@ def test_a_miss_then_a_hit(make_cache: Callable[[int], Checked]) -> None:
     cache = make_cache(64)
     file = cache.file(10 * P)
     assert cache.seen(file, 100, 2 * P) is None
-    cache.count_request(file, 100, 2 * P + 100)
-    assert (cache.page_misses, cache.reads_miss, cache.miss_bytes, cache.misses["cold"]) == (3, 1, 2 * P, 3)
+    reads.count_request(cache, file, 100, 2 * P + 100)
+    assert (cache.accounts.total("page_misses"), cache.accounts.total("miss_bytes")) == (3, 2 * P)
+    assert (cache.reads_miss, cache.misses["cold"]) == (1, 3)
     cache.bring(file, 0, 3)
     assert cache.seen(file, 100, 2 * P) == contents(100, 2 * P)
-    assert (cache.page_hits, cache.reads_hit, cache.hit_bytes) == (3, 1, 2 * P)
+    assert (cache.accounts.total("page_hits"), cache.reads_hit, cache.accounts.total("hit_bytes")) == (3, 1, 2 * P)
 
 
 def test_reads_end_with_the_file(make_cache: Callable[[int], Checked]) -> None:
@@ -122,22 +126,22 @@ def test_a_partial_hit_is_counted_by_pages_and_bytes() -> None:
     cache = Checked("lru", 64)
     file = cache.file(4 * P)
     cache.bring(file, 0, 1)
-    cache.count_request(file, 0, 4 * P)
-    assert (cache.page_hits, cache.page_misses, cache.reads_partial) == (1, 3, 1)
-    assert (cache.hit_bytes, cache.miss_bytes) == (P, 3 * P)
+    reads.count_request(cache, file, 0, 4 * P)
+    assert (cache.accounts.total("page_hits"), cache.accounts.total("page_misses"), cache.reads_partial) == (1, 3, 1)
+    assert (cache.accounts.total("hit_bytes"), cache.accounts.total("miss_bytes")) == (P, 3 * P)
 
 
 def test_readahead_is_used_late_or_in_vain() -> None:
     cache = Checked("lru", 16)
     file = cache.file(16 * P)
     fill = cache.begin(file, 0, 8, 2)
-    cache.count_request(file, 2 * P, 3 * P)
+    reads.count_request(cache, file, 2 * P, 3 * P)
     assert (cache.readahead_late, cache.readahead_used) == (1, 0)
     cache.end(fill)
     cache.seen(file, 3 * P, 2 * P)
     cache.seen(file, 3 * P, 2 * P)
     assert (cache.readahead_late, cache.readahead_used) == (1, 2)
-    assert cache.drop(file) == 8
+    assert wishes.drop(cache, file) == 8
     assert cache.readahead_unused == 3 and cache.evictions["dropped"] == 8
 
 
@@ -148,7 +152,7 @@ def test_what_the_backing_does_not_have_is_zero(make_cache: Callable[[int], Chec
     cache = make_cache(64)
     file = cache.file(2 * P)
     cache.bring(file, 0, 2)
-    cache.drop(file)
+    wishes.drop(cache, file)
     cache.end(cache.begin(file, 0, 2), b"x" * 100)
     assert cache.seen(file, 0, 2 * P) == b"x" * 100 + bytes(2 * P - 100)
 
@@ -167,24 +171,24 @@ def test_pages_are_absent_or_filling_or_here() -> None:
     file = cache.file(20 * P)
     cache.bring(file, 2, 2)
     fill = cache.begin(file, 6, 3)
-    assert cache.absent_runs(file, 0, 12) == [(0, 2), (4, 2), (9, 3)]
-    assert cache.fills_of(file, 0, 7) == [fill] and cache.fills_of(file, 0, 6) == []
+    assert file.absent_runs(0, 12) == [(0, 2), (4, 2), (9, 3)]
+    assert file.fills_of(0, 7) == [fill] and file.fills_of(0, 6) == []
     cache.end(fill)
 
 
 def test_runs_end_with_their_group() -> None:
     cache = Checked("lru", 64)
     file = cache.file(600 * P)
-    assert cache.absent_runs(file, 250, 520) == [(250, 6), (256, 256), (512, 8)]
+    assert file.absent_runs(250, 520) == [(250, 6), (256, 256), (512, 8)]
 
 
 def test_truncate_poisons_a_fill_under_way(make_cache: Callable[[int], Checked]) -> None:
     cache = make_cache(64)
     file = cache.file(8 * P)
     fill = cache.begin(file, 0, 8)
-    cache.truncate(file, 3 * P + 7)
+    leaving.truncate(cache, file, 3 * P + 7)
     cache.check_invariants()
-    cache.truncate(file, 8 * P)
+    leaving.truncate(cache, file, 8 * P)
     cache.end(fill)
     assert file.groups[0].uptodate == 0b111
     assert cache.seen(file, 0, 3 * P) == contents(0, 3 * P)
@@ -195,7 +199,7 @@ def test_invalidate_poisons_a_fill_under_way(make_cache: Callable[[int], Checked
     cache = make_cache(64)
     file = cache.file(8 * P)
     fill = cache.begin(file, 0, 8)
-    assert cache.invalidate(file) == 0
+    assert leaving.invalidate(cache, file) == 0
     cache.end(fill)
     assert not file.groups and not cache.resident_pages
 
@@ -205,7 +209,7 @@ def test_regression_what_somebody_appended_underneath_is_zero_until_it_is_notice
     cache = Checked("lru", 64)
     file = cache.file(100)
     cache.end(cache.begin(file, 0), b"x" * 300)
-    cache.truncate(file, P)
+    leaving.truncate(cache, file, P)
     assert cache.seen(file, 0, P) == b"x" * 100 + bytes(P - 100)
 
 
@@ -215,16 +219,16 @@ def test_regression_what_somebody_appended_underneath_is_zero_until_it_is_notice
 def test_only_pages_that_are_covered_in_part_and_hold_data_are_to_be_filled() -> None:
     cache = Checked("lru", 64)
     file = cache.file(4 * P + 100)
-    assert cache.pages_to_fill(file, 0, P) == []
-    assert cache.pages_to_fill(file, 1, P) == [0, 1]
-    assert cache.pages_to_fill(file, P - 1, 2) == [0, 1]
-    assert cache.pages_to_fill(file, 10, 5) == [0]
-    assert cache.pages_to_fill(file, 4 * P, 100) == []  # to the end of the file: nothing is left of the page
-    assert cache.pages_to_fill(file, 4 * P, 99) == [4]
-    assert cache.pages_to_fill(file, 4 * P + 200, 9) == [4]
-    assert cache.pages_to_fill(file, 5 * P + 1, 9) == []
+    assert file.pages_to_fill(0, P) == []
+    assert file.pages_to_fill(1, P) == [0, 1]
+    assert file.pages_to_fill(P - 1, 2) == [0, 1]
+    assert file.pages_to_fill(10, 5) == [0]
+    assert file.pages_to_fill(4 * P, 100) == []  # to the end of the file: nothing is left of the page
+    assert file.pages_to_fill(4 * P, 99) == [4]
+    assert file.pages_to_fill(4 * P + 200, 9) == [4]
+    assert file.pages_to_fill(5 * P + 1, 9) == []
     cache.bring(file, 0)
-    assert cache.pages_to_fill(file, 1, P) == [1]
+    assert file.pages_to_fill(1, P) == [1]
 
 
 places = st.tuples(st.integers(0, 20 * P) | st.integers(GROUP_SIZE - 3 * P, GROUP_SIZE + P), st.integers(1, 4 * P))
@@ -238,30 +242,30 @@ def test_write_now_does_what_write_does_or_nothing(steps: list[tuple[str, tuple[
     for byte, (what, (offset, length), transient) in enumerate(steps):
         for cache, file in ((one, here), (other, there)):
             if what == "drop":
-                cache.drop(file)
+                wishes.drop(cache, file)
             elif what == "written":
                 cache.written(file)
-            elif what == "fill" and cache.absent_runs(file, offset // P, offset // P + 1) and offset < file.size:
+            elif what == "fill" and file.absent_runs(offset // P, offset // P + 1) and offset < file.size:
                 cache.bring(file, offset // P)
         if what == "write":
             data = memoryview(bytes([byte + 1]) * length)
-            before = one.statistics()
+            before = statistics_of(one)
             if one.write_now(here, offset, data, one.accounts.nobody, transient):
-                assert not other.pages_to_fill(there, offset, length) and not other.fills_of(there, 0, 1 << 20)
+                assert not there.pages_to_fill(offset, length) and not there.fills_of(0, 1 << 20)
                 other.write(there, offset, data, transient=transient)
             elif one.resident_pages == before.resident_bytes // P:
-                assert one.statistics() == before
+                assert statistics_of(one) == before
             else:  # room was made, in vain
                 return
         one.check_invariants()
-        assert one.statistics() == other.statistics()
+        assert statistics_of(one) == statistics_of(other)
         assert here.size == there.size and here.transient == there.transient and list(here.groups) == list(there.groups)
         for index, group in here.groups.items():
             twin = there.groups[index]
             assert (group.dirty, group.uptodate, group.touched) == (twin.dirty, twin.uptodate, twin.touched)
             start, end = index * GROUP_SIZE, min((index + 1) * GROUP_SIZE, here.size)
             for at in range(start, end, P):
-                assert one.peek(here, at, min(at + P, end)) == other.peek(there, at, min(at + P, end))
+                assert reads.peek(one, here, at, min(at + P, end)) == reads.peek(other, there, at, min(at + P, end))
 
 
 def test_write_now_leaves_alone_what_a_thread_is_reading() -> None:
@@ -281,12 +285,12 @@ def test_a_write_into_a_hole_leaves_zeros_around_it(make_cache: Callable[[int], 
     cache = make_cache(64)
     old = cache.file(3 * P)
     cache.bring(old, 0, 3)
-    cache.drop(old)  # its memory is used again
+    wishes.drop(cache, old)  # its memory is used again
     file = cache.file(0)
     cache.put(file, P + 10, b"abc")
     assert file.size == P + 13
     assert cache.seen(file, P, P) == bytes(10) + b"abc"
-    cache.truncate(file, 3 * P)
+    leaving.truncate(cache, file, 3 * P)
     assert cache.seen(file, P, P) == bytes(10) + b"abc" + bytes(P - 13)
 
 
@@ -352,10 +356,10 @@ def test_redirtied_pages_stay_dirty(make_cache: Callable[[int], Checked]) -> Non
     group = file.groups[0]
     cache.start_writeback(group, 0b11)
     cache.put(file, P, b"y")
-    assert cache.statistics().dirty_pages == 1 and cache.statistics().writeback_pages == 1
+    assert statistics_of(cache).dirty_pages == 1 and statistics_of(cache).writeback_pages == 1
     cache.finish_writeback(group, 0b11, None)
     cache.check_invariants()
-    assert group.dirty == 0b10 and cache.statistics().clean_pages == 1
+    assert group.dirty == 0b10 and statistics_of(cache).clean_pages == 1
 
 
 def test_a_failed_writeback_leaves_everything_dirty() -> None:
@@ -382,11 +386,11 @@ def test_truncate_down_and_up_again_shows_zeros(dirty: bool, size: int) -> None:
     cache.put(file, 0, data)
     if not dirty:
         cache.written(file)
-    cache.truncate(file, size)
+    leaving.truncate(cache, file, size)
     cache.check_invariants()
     assert file.resident_pages == (size + P - 1) // P
     assert cache.seen(file, 0, 1 << 20) == data[: min(size, 1 << 20)]
-    cache.truncate(file, size + 100)
+    leaving.truncate(cache, file, size + 100)
     cache.check_invariants()
     tail = size % P
     if tail:
@@ -400,13 +404,13 @@ def test_discard_leaves_only_what_a_thread_works_on(make_cache: Callable[[int], 
     group = file.groups[0]
     cache.start_writeback(group, 0b1111)
     cache.put(file, 0, b"y")  # redirtied
-    cache.discard(file)
+    leaving.discard(cache, file)
     cache.check_invariants()
     assert group.resident == 0b1111
     cache.finish_writeback(group, 0b1111, None)
     cache.check_invariants()
     assert group.dirty == 1
-    cache.discard(file)
+    leaving.discard(cache, file)
     cache.check_invariants()
     assert not file.groups and not cache.resident_pages and not cache.dirty_pages
 
@@ -417,10 +421,10 @@ def test_invalidate_keeps_what_is_unwritten(make_cache: Callable[[int], Checked]
     cache.bring(file, 0, 8)
     cache.put(file, 0, b"x" * 2 * P)
     cache.start_writeback(file.groups[0], 1)
-    assert cache.invalidate(file) == 6
+    assert leaving.invalidate(cache, file) == 6
     cache.check_invariants()
     assert file.groups[0].uptodate == 0b11
-    cache.count_request(file, 2 * P, 8 * P)
+    reads.count_request(cache, file, 2 * P, 8 * P)
     assert cache.misses["invalidated"] == 6
 
 
@@ -430,8 +434,8 @@ def test_pages_that_were_evicted_and_come_back_are_refaults(make_cache: Callable
     for page in range(32):
         cache.bring(file, page)
     assert cache.evictions["capacity"] == 16 and cache.resident_pages == 16
-    missing = sum(count for _, count in cache.absent_runs(file, 0, 32))
-    cache.count_request(file, 0, 33 * P)
+    missing = sum(count for _, count in file.absent_runs(0, 32))
+    reads.count_request(cache, file, 0, 33 * P)
     assert (cache.refaults, cache.misses["capacity"], cache.misses["cold"]) == (missing, missing, 1)
 
 
@@ -439,12 +443,12 @@ def test_a_file_that_outgrows_its_small_slot_moves(make_cache: Callable[[int], C
     cache = make_cache(64)
     warm = cache.file(GROUP_SIZE)
     cache.bring(warm, 0, 60)
-    cache.drop(warm)  # its slot, full of old bytes, is the one the small file will move to
+    wishes.drop(cache, warm)  # its slot, full of old bytes, is the one the small file will move to
     file = cache.file(4 * P + 5)
     cache.bring(file, 0, 5)
     cache.put(file, P, b"w" * P)
     assert file.groups[0].capacity == SMALL_PAGES
-    cache.truncate(file, 40 * P)
+    leaving.truncate(cache, file, 40 * P)
     cache.bring(file, 30, 2)
     assert file.groups[0].capacity == GROUP_PAGES
     expected = contents(0, P) + b"w" * P + contents(2 * P, 2 * P + 5) + bytes(P - 5)
@@ -477,7 +481,7 @@ def test_regression_reads_here_and_there_after_a_stream() -> None:
     file = cache.file(4096 * GROUP_SIZE)
     for index in range(8):
         cache.bring(file, index * GROUP_PAGES, GROUP_PAGES)
-    cache.drop(file)
+    wishes.drop(cache, file)
     for index in range(700):
         cache.finish_fill(cache.start_fill(file, index * GROUP_PAGES + 7, 1, 1), P)
     cache.check_invariants()
@@ -504,7 +508,7 @@ def test_invariants_hold_after_any_steps(policy: str, steps: list[tuple[str, int
         cache.now += 1.0
         match action:
             case "f":
-                for first, n in cache.absent_runs(file, page, page + count)[:1]:
+                for first, n in file.absent_runs(page, page + count)[:1]:
                     try:
                         fills.append(cache.start_fill(file, first, n, extra % (n + 1)))
                     except (NoRoom, Busy):
@@ -514,7 +518,7 @@ def test_invariants_hold_after_any_steps(policy: str, steps: list[tuple[str, int
                 cache.finish_fill(fill, -1 if extra % 5 == 0 else min(extra * 3, fill.count * P))
             case "w":
                 offset, size = page * P + extra, count * P - extra + 1
-                if not cache.pages_to_fill(file, offset, size) and not cache.fills_of(file, page, page + count + 2):
+                if not file.pages_to_fill(offset, size) and not file.fills_of(page, page + count + 2):
                     try:
                         cache.write(file, offset, b"w" * size)
                     except (NoRoom, Busy):
@@ -528,15 +532,15 @@ def test_invariants_hold_after_any_steps(policy: str, steps: list[tuple[str, int
                     if group.writeback:
                         cache.finish_writeback(group, group.writeback, 0.0 if extra % 2 else None)
             case "t" if not file.writeback_pages:
-                cache.truncate(file, page * P + extra)
+                leaving.truncate(cache, file, page * P + extra)
             case "r":
                 if cache.lookup(file, page * P, count * P) is None:
-                    cache.count_request(file, page * P, min(file.size, (page + count) * P))
+                    reads.count_request(cache, file, page * P, min(file.size, (page + count) * P))
             case "d":
-                cache.drop(file)
+                wishes.drop(cache, file)
             case "x":
-                cache.discard(file)
+                leaving.discard(cache, file)
             case "u":
-                cache.invalidate(file)
+                leaving.invalidate(cache, file)
         cache.check_invariants()
         assert cache.dirty_pages + cache.writeback_pages <= 12

@@ -116,7 +116,7 @@ def test_only_what_has_changed_is_new_and_what_went_is_told(tmp_path: Path) -> N
         await scene.stack.files.read(opened["a"][1], 0, 2 * P)
         file = opened["b"][0].file
         assert file is not None
-        scene.stack.cache.drop(file, list(file.groups))
+        wishes.drop(scene.stack.cache, file, list(file.groups))
         second = await scene.frame()
         new = [json.loads(text)[1] for version, text in second.strips if version > first.version]
         assert "a" in new and len(new) <= 2, "c may have had its turn"
@@ -242,7 +242,7 @@ def test_a_million_pages_of_ten_thousand_files_stall_nobody_for_twenty_milliseco
         for inode in inodes[::100]:
             file = inode.file
             assert file is not None
-            scene.stack.cache.drop(file, list(file.groups))
+            wishes.drop(scene.stack.cache, file, list(file.groups))
         await measured(scene.frame)
         assert len(scene.picture.shown) == FILES - 100
 

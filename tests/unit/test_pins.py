@@ -55,11 +55,11 @@ async def settled(pins: Pins) -> None:
 async def misses_of(world: World, name: str, pages: int) -> int:
     """Misses of reading the first pages of a file."""
     _, number = await world.open(name, os.O_RDONLY)
-    before = world.cache.page_misses
+    before = world.cache.accounts.total("page_misses")
     for page in range(pages):
         await world.read(number, page * P, P)
     await world.release(number)
-    return world.cache.page_misses - before
+    return world.cache.accounts.total("page_misses") - before
 
 
 @pytest.mark.parametrize("policy", ["lru", "sieve", "s3fifo"])

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from cachefs.cache import leaving, reads
 from cachefs.cache.page import GROUP_PAGES, PAGE_SIZE
 from cachefs.cache.refault import QUANTA_PER_CACHE
 from cachefs.savings import Savings
@@ -31,7 +32,7 @@ class Watched(Checked):
             last = max(i for i, other in enumerate(self.evicted) if other == key)
             self.distances.append(len(self.evicted) - last)
         resident = self.pages()
-        self.count_request(file, page * P, (page + 1) * P)  # type: ignore[arg-type]
+        reads.count_request(self, file, page * P, (page + 1) * P)  # type: ignore[arg-type]
         fill = self.start_fill(file, page, 1, 1)  # type: ignore[arg-type]
         self.finish_fill(fill, P)
         self.evicted += sorted(resident - self.pages())
@@ -75,7 +76,7 @@ def test_a_group_that_left_together_costs_one_number_until_its_pages_part() -> N
     assert file.evicted_at == {0: 0, 1: 128, 2: 256}
     cache.bring(file, 8 * GROUP_PAGES, 156)
     assert list(file.evicted_at[2]) == [256] * 100 + [306] * 156  # type: ignore[arg-type]  # its pages have left in two parts
-    cache.truncate(file, 0)
+    leaving.truncate(cache, file, 0)
     assert not file.evicted_at and not file.evicted
 
 

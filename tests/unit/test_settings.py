@@ -14,8 +14,8 @@ from backing.directory import DirectoryBacking
 from backing.faulty import FaultyBacking
 from cachefs.cache.page import PAGE_SIZE
 from cachefs.config import Config, changed, make_config
+from cachefs.creation import Caller
 from cachefs.errors import CachefsError, UsageError
-from cachefs.fs import Caller
 from cachefs.settings import Settings
 from cachefs.stack import Stack
 
@@ -104,7 +104,7 @@ def to(**settings: str) -> Callable[[Config], Config]:
 
 async def write(stack: Stack, pages: int) -> int:
     """A file with so many dirty pages; its handle."""
-    _, opened = await stack.fs.create(stack.table.root, b"f", 0o100644, os.O_RDWR, CALLER)
+    _, opened = await stack.fs.creation.create(stack.table.root, b"f", 0o100644, os.O_RDWR, CALLER)
     await stack.files.write(opened.number, 0, b"x" * pages * P)
     return opened.number
 

@@ -11,6 +11,8 @@ import pytest
 import trio
 import trio.testing
 
+from cachefs.cache import wishes
+from cachefs.cache.figures import statistics_of
 from cachefs.cache.page import PAGE_SIZE
 from cachefs.handle import Handle
 from cachefs.inode import Inode
@@ -159,7 +161,7 @@ def test_the_next_files_are_in_memory_before_they_are_opened(tmp_path: Path) -> 
         await read_through(world, names[:2])
         assert [inode_of(world, name).file is not None for name in names[:7]] == [True] * 6 + [False]
         await read_through(world, names[2:])
-        figures = world.cache.statistics()
+        figures = statistics_of(world.cache)
         assert walker.fetched == walker.used == len(names) - 2
         assert (figures.readahead_used_pages, figures.readahead_unused_pages) == (2 * (len(names) - 2), 0)
         assert (walker.wasted, world.files.data.count) == (0, 0)
@@ -206,7 +208,7 @@ def test_waste_makes_it_back_off_and_use_brings_it_back(tmp_path: Path) -> None:
         assert walker.wasted
         assert walker.most <= 2
         for name in names:
-            world.cache.drop(inode_of(world, name).file or world.files.ensure_file(inode_of(world, name)))
+            wishes.drop(world.cache, inode_of(world, name).file or world.files.ensure_file(inode_of(world, name)))
         least = walker.most
         await read_through(world, names)
         assert walker.most > least

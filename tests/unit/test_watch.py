@@ -16,8 +16,10 @@ import trio.testing
 from inotify_simple import Event
 
 import cachefs.watch
-from cachefs.fs import Changes
+from cachefs.cache import wishes
+from cachefs.cache.figures import statistics_of
 from cachefs.inode import Inode
+from cachefs.setattr import Changes
 from cachefs.watch import IGNORED, MODIFY, OVERFLOW, Watch, Watcher
 from world import CALLER, World
 
@@ -128,8 +130,8 @@ def test_a_change_before_the_watch_was_there_is_found(tmp_path: Path) -> None:
 
 def test_the_directory_of_a_watched_file_may_go(tmp_path: Path) -> None:
     async def test(world: Watched) -> None:
-        directory = await world.fs.mkdir(world.table.root, b"d", 0o755, CALLER)
-        await world.fs.create(directory, b"file", 0o100644, os.O_RDWR, CALLER)
+        directory = await world.fs.creation.mkdir(world.table.root, b"d", 0o755, CALLER)
+        await world.fs.creation.create(directory, b"file", 0o100644, os.O_RDWR, CALLER)
         await world.tend()
         assert list(world.watcher.watches) == [directory]
         (tmp_path / "d" / "file").unlink()
@@ -158,7 +160,7 @@ def test_changes_of_ours_are_not_told_as_somebody_else_s(tmp_path: Path) -> None
             await world.files.fsync(handle, False)
             await world.writeback.flush_all()
             await world.truncate(inode, 4000 + i)
-            await world.fs.setattr(inode, Changes(mode=0o600, mtime_ns=10**18 + i), 0)
+            await world.files.setter.setattr(inode, Changes(mode=0o600, mtime_ns=10**18 + i), 0)
             await world.fs.rename(root, b"other", root, b"moved", 0)
             await world.fs.link(other, root, b"linked")
             await world.fs.unlink(root, b"linked")
@@ -168,7 +170,7 @@ def test_changes_of_ours_are_not_told_as_somebody_else_s(tmp_path: Path) -> None
             assert await world.read(handle, 0, 9999) == b"x" * (4000 + i)
         assert total >= 20, "there were events"
         assert not world.changed and not world.gone and not world.files.conflicts.total
-        assert not world.cache.statistics().evictions.get("invalidated")
+        assert not statistics_of(world.cache).evictions.get("invalidated")
 
     play(tmp_path, test)
 
@@ -232,8 +234,8 @@ def test_watches_are_bounded_and_the_latest_stay(tmp_path: Path) -> None:
         world.watcher.most = 3
         directories = []
         for i in range(6):
-            directories.append(await world.fs.mkdir(world.table.root, b"d%d" % i, 0o755, CALLER))
-            await world.fs.create(directories[i], b"file", 0o100644, os.O_RDWR, CALLER)
+            directories.append(await world.fs.creation.mkdir(world.table.root, b"d%d" % i, 0o755, CALLER))
+            await world.fs.creation.create(directories[i], b"file", 0o100644, os.O_RDWR, CALLER)
             if i == 4:
                 world.watcher.opened(await world.fs.lookup(directories[2], b"file"))
             await world.tend()
@@ -251,7 +253,7 @@ def test_a_watch_goes_with_the_last_file_that_needs_it(tmp_path: Path) -> None:
         world.watcher._drop_one()
         assert world.watcher.watches, "its pages are cached"
         assert inode.file is not None
-        world.cache.drop(inode.file)
+        wishes.drop(world.cache, inode.file)
         world.watcher._drop_one()
         assert not world.watcher.watches and not world.watcher._directories
         (tmp_path / "file").write_bytes(b"changed")
@@ -288,8 +290,8 @@ def test_when_no_watches_are_left_it_goes_on_with_those_it_has_and_says_so_once(
 
         inotify.add_watch = add_watch
         for i in range(6):
-            directory = await world.fs.mkdir(world.table.root, b"d%d" % i, 0o755, CALLER)
-            await world.fs.create(directory, b"file", 0o100644, os.O_RDWR, CALLER)
+            directory = await world.fs.creation.mkdir(world.table.root, b"d%d" % i, 0o755, CALLER)
+            await world.fs.creation.create(directory, b"file", 0o100644, os.O_RDWR, CALLER)
             await world.tend()
         assert len(world.watcher.watches) == world.watcher.most == 2
         assert list(world.watcher.watches)[-1] is directory, "the latest"

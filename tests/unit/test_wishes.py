@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from cachefs.cache import wishes
+from cachefs.cache import leaving, wishes
+from cachefs.cache.figures import statistics_of
 from cachefs.cache.file import CachedFile
 from cachefs.cache.page import GROUP_PAGES, GROUP_SIZE, PAGE_SIZE
-from cachefs.cache.pagecache import NoRoom
 from cachefs.cache.policy import POLICIES, make
+from cachefs.cache.waits import NoRoom
 from test_pagecache import Checked, contents
 
 P = PAGE_SIZE
@@ -40,11 +41,11 @@ def test_a_pinned_file_stays_whatever_comes(policy: str) -> None:
     cache.check_invariants()
     scan(cache, 500)
     assert hits(cache, file, 20) == 20
-    assert (cache.pinned_pages, cache.statistics().pinned_pages) == (20, 20)
+    assert (cache.pinned_pages, statistics_of(cache).pinned_pages) == (20, 20)
     assert cache.evict(64) == 44
     wishes.pin(cache, file, False)
     cache.check_invariants()
-    assert cache.evict(64) == 20 and cache.statistics().pinned_pages == 0
+    assert cache.evict(64) == 20 and statistics_of(cache).pinned_pages == 0
 
 
 @ANY_POLICY
@@ -57,14 +58,14 @@ def test_states_add_up_to_what_is_resident(policy: str) -> None:
     cache.start_writeback(file.groups[0], 0b11)
     cache.put(file, 0, b"y" * P)
     fill = cache.begin(file, 15, 3)
-    s = cache.statistics()
+    s = statistics_of(cache)
     assert (s.clean_pages, s.dirty_pages, s.writeback_pages, s.filling_pages, s.pinned_pages) == (0, 2, 1, 3, 7)
     cache.end(fill)
     cache.finish_writeback(file.groups[0], 0b11, 1.0)
     cache.check_invariants()
-    s = cache.statistics()
+    s = statistics_of(cache)
     assert (s.clean_pages, s.dirty_pages, s.writeback_pages, s.filling_pages, s.pinned_pages) == (0, 3, 0, 0, 10)
-    cache.discard(file)
+    leaving.discard(cache, file)
     cache.check_invariants()
     assert cache.pinned_pages == 0
 
@@ -88,7 +89,7 @@ def test_what_is_pinned_or_unwritten_is_not_dropped() -> None:
     for each in (pinned, file):
         cache.bring(each, 0, 10)
         cache.put(each, 0, b"x" * P)
-        assert cache.drop(each) == (0 if each is pinned else 9)
+        assert wishes.drop(cache, each) == (0 if each is pinned else 9)
         cache.check_invariants()
     assert file.groups[0].uptodate == 1 and pinned.groups[0].uptodate == 0x3FF
 
@@ -98,7 +99,7 @@ def test_groups_are_dropped_one_by_one() -> None:
     file = cache.file(3 * GROUP_SIZE)
     for index in range(3):
         cache.bring(file, index * GROUP_PAGES, GROUP_PAGES)
-    assert cache.drop(file, [1, 7]) == GROUP_PAGES
+    assert wishes.drop(cache, file, [1, 7]) == GROUP_PAGES
     cache.check_invariants()
     assert sorted(file.groups) == [0, 2]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 import trio.testing
@@ -20,9 +21,10 @@ from cachefs.cache.file import CachedFile
 from cachefs.cache.fill import Filler
 from cachefs.cache.page import GROUP_SHIFT, PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
+from cachefs.creation import Caller
 from cachefs.descriptors import Descriptors
 from cachefs.files import Files
-from cachefs.fs import Caller, FileSystem
+from cachefs.fs import FileSystem
 from cachefs.inode import Inode, InodeTable
 from cachefs.journal.journal import ROWS_FILE, Journal
 from cachefs.journal.load import read
@@ -125,7 +127,7 @@ class World:
             inode = await self.fs.lookup(self.table.root, name.encode())
         except FileNotFoundError:
             how = os.O_RDWR | os.O_CREAT
-            inode, opened = await self.fs.create(self.table.root, name.encode(), 0o100644, how, CALLER)
+            inode, opened = await self.fs.creation.create(self.table.root, name.encode(), 0o100644, how, CALLER)
             return inode, opened.number
         return inode, (await self.files.open(inode, flags, 0)).number
 
@@ -134,7 +136,7 @@ class World:
         return [entry.name for entry in await self.fs.directories.listing(number, 0)]
 
     async def truncate(self, inode: Inode, size: int) -> None:
-        await self.files.truncate(inode, size, 0, frozenset())
+        await self.files.setter.truncate(inode, size, 0, frozenset())
 
     async def release(self, number: int) -> None:
         inode = self.files.handles[number].inode
@@ -161,6 +163,35 @@ class World:
         assert self.writeback.unwritten_pages <= self.writeback.limit_pages
         for inode in self.table:
             assert not inode.unwritten or inode in self.writeback.dirty, "writeback does not know of dirty pages"
+
+
+@asynccontextmanager
+async def world_of(top: Path, far: bool, **options: Any) -> AsyncIterator[World]:
+    """A `World` that is checked and shut at the end; `far`: over a backing far away, whose calls take turns."""
+    async with trio.open_nursery() as nursery:
+        world = World(nursery, top, **{"blocking": far, "seed": 1 if far else None, "ttl_seconds": 0.0, **options})
+        yield world
+        world.check()
+        await world.shut()
+        nursery.cancel_scope.cancel()
+
+
+async def dirty(world: World, name: str, data: bytes, offset: int = 0) -> tuple[Inode, int]:
+    """Opens a file and writes to it, which is not written back."""
+    inode, handle = await world.open(name)
+    await world.files.write(handle, offset, data)
+    assert inode.unwritten
+    return inode, handle
+
+
+def copies(top: Path) -> dict[str, bytes]:
+    """{name: contents} of the copies there are."""
+    return {path.name: path.read_bytes() for path in sorted(top.rglob("*.conflict-*"))}
+
+
+def the_copy(top: Path) -> bytes:
+    (contents,) = copies(top).values()
+    return contents
 
 
 def close_descriptors(table: InodeTable, backing: Backing) -> None:
