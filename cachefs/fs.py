@@ -9,6 +9,7 @@ import errno
 import math
 import os
 from collections.abc import AsyncIterator, Iterable
+from contextlib import AbstractContextManager
 from itertools import islice
 
 import trio
@@ -25,6 +26,7 @@ from cachefs.listings import Listings
 from cachefs.writeback import Writeback
 from cachefs.xattrs import ExtendedAttributes
 
+Name = tuple[Inode, bytes]  # directory, name in it
 
 class FileSystem:
     """Names. `files` has the data side and `files.setter` changes attributes; what is made is in `creation`."""
@@ -267,37 +269,40 @@ class FileSystem:
         def rename(dirfd: int, new_dirfd: int) -> None:
             self.backing.rename(dirfd, name, new_dirfd, new_name, flags)
 
-        st, inode = await self._peek(parent, name)
-        async with self._going(new_parent, new_name) as (target_st, target):
-            if inode is not None:
-                self._moving(inode, parent, name, new_parent, new_name)
-            if target is not None and flags & RENAME_EXCHANGE:
-                self._moving(target, new_parent, new_name, parent, name)
-            await self.descriptors.at_two("rename", parent, new_parent, rename)
-            if st is not None and target_st is not None and (st.st_dev, st.st_ino) == (target_st.st_dev, target_st.st_ino):
-                return  # two names of one file: nothing happens
-            self.table.nothing_at(parent, name)
-            self.table.nothing_at(new_parent, new_name)
-            if target is not None:
-                self.table.unname(target, new_parent, new_name)
-                if flags & RENAME_EXCHANGE:
-                    self.table.name(target, parent, name)
-                    self._moved(target)
-                    await self.attributes.readopt(target)
-                else:
-                    await self._lost_a_name(target, target_st)
-        if inode is not None:
-            self.table.unname(inode, parent, name)
-            self.table.name(inode, new_parent, new_name)
-            self._moved(inode)
-            self.files.opened(inode)
-            await self.attributes.readopt(inode)
+        old, new, exchanged = (parent, name), (new_parent, new_name), bool(flags & RENAME_EXCHANGE)
+        st, inode = await self._peek(*old)
+        async with self._going(*new) as (target_st, target):
+            with self._moving(inode, old, new), self._moving(target if exchanged else None, new, old):
+                await self.descriptors.at_two("rename", parent, new_parent, rename)
+                if st is not None and target_st is not None and (st.st_dev, st.st_ino) == (target_st.st_dev, target_st.st_ino):
+                    return  # two names of one file: nothing happens
+                self._exchange_names(inode, old, target, new, exchanged)
+            if target is not None and not exchanged:
+                await self._lost_a_name(target, target_st)
+        for moved in (target if exchanged else None, inode):
+            if moved is not None:
+                self._moved(moved)
+                self.files.opened(moved)
+                await self.attributes.readopt(moved)
 
-    def _moving(self, inode: Inode, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes) -> None:
-        """Unwritten files that a rename is about to give other paths can be found under both until it is done."""
-        before, after = self.table.path_in(parent, name), self.table.path_in(new_parent, new_name)
-        for moving in self.writeback.dirty if inode.is_dir else (inode,):
-            self.files.keeper.moving(moving, before, after)
+    def _exchange_names(self, inode: Inode | None, old: Name, target: Inode | None, new: Name, exchanged: bool) -> None:
+        """`inode` has got the name `new`, and `target` has lost it, or got `old` for it."""
+        for name in (old, new):
+            self.table.nothing_at(*name)
+        if target is not None:
+            self.table.unname(target, *new)
+            if exchanged:
+                self.table.name(target, *old)
+        if inode is not None:
+            self.table.unname(inode, *old)
+            self.table.name(inode, *new)
+
+    def _moving(self, inode: Inode | None, old: Name, new: Name) -> AbstractContextManager[None]:
+        """Unwritten files that a rename is about to give other paths can be found under both inside."""
+        if inode is None:
+            return contextlib.nullcontext()
+        moving = tuple(self.writeback.dirty) if inode.is_dir else (inode,)
+        return self.files.keeper.moving(moving, self.table.path_in(*old), self.table.path_in(*new))
 
     def _moved(self, inode: Inode) -> None:
         for moved in self.writeback.dirty if inode.is_dir else (inode,):

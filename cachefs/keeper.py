@@ -18,7 +18,7 @@ from cachefs.cache.page import GROUP_PAGES, GROUP_SHIFT, IN_GROUP, PAGE_SHIFT, P
 from cachefs.cache.pagecache import PageCache
 from cachefs.inode import Inode, InodeTable
 from cachefs.journal.journal import Journal, JournalFile
-from cachefs.journal.records import FileRecord, PagesRecord
+from cachefs.journal.records import PATHS_MAX, FileRecord, PagesRecord
 from cachefs.journal.slots import JournalFull
 from cachefs.journal.synced import Synced, rows_of
 from cachefs.statistics import JournalStatistics
@@ -39,6 +39,7 @@ class Keeper:
         self.retiring: set[Inode] = set()  # written back, and named by `synced` still
         self.make_durable: Callable[[Iterable[Inode]], Awaitable[object]] = _nothing_is_durable  # has the backing do that
         self._syncing = trio.Lock()
+        self._moves: list[tuple[bytes, bytes]] = []  # renames under way: path before, path after
         self.written_through = 0  # writes that the journal could not take
         self.recovery_seconds = 0.0  # this and what follows is recovery's to count
         self.replayed_bytes = self.replayed_files = self.set_aside_files = self.lost_bytes = 0
@@ -79,7 +80,7 @@ class Keeper:
     def _add(self, journal: Journal, inode: Inode) -> JournalFile:
         device, number = inode.key
         record = FileRecord(
-            0, 0, device, number, 0, 0, inode.signature, False, False, self._handle(inode), self.table.paths(inode)
+            0, 0, device, number, 0, 0, inode.signature, False, False, self._handle(inode), self._paths(inode)
         )
         inode.journaled = journal.add(record)
         return inode.journaled
@@ -281,26 +282,44 @@ class Keeper:
         kept = inode.journaled
         if self.journal is not None and kept is not None:
             kept.record.device, kept.record.number = inode.key
-            kept.record.handle, kept.record.paths = self._handle(inode), self.table.paths(inode)
+            kept.record.handle, kept.record.paths = self._handle(inode), self._paths(inode)
             kept.record.signature = inode.signature
             self._note(self.journal, kept)
 
     def moved(self, inode: Inode) -> None:
         """It was renamed, linked, or lost one of its names."""
         kept = inode.journaled
-        if self.journal is not None and kept is not None and kept.record.paths != (paths := self.table.paths(inode)):
+        if self.journal is not None and kept is not None and kept.record.paths != (paths := self._paths(inode)):
             kept.record.paths = paths
             self._note(self.journal, kept)
 
-    def moving(self, inode: Inode, before: bytes, after: bytes) -> None:
-        """The path `before`, its own or of a directory above it, is about to become `after`: it is looked for under both."""
-        kept = inode.journaled
-        if self.journal is not None and kept is not None:
-            paths = kept.record.paths
-            new = [after + path[len(before) :] for path in paths if path == before or path.startswith(before + b"/")]
-            if new:
-                kept.record.paths = (*new, *paths)
-                self._note(self.journal, kept)
+    @contextlib.contextmanager
+    def moving(self, inodes: Iterable[Inode], before: bytes, after: bytes) -> Iterator[None]:
+        """The path `before`, of one of `inodes` or of a directory above them, is about to become `after`.
+
+        Inside, files are looked for under both, whoever writes down their paths meanwhile and for whatever reason.
+        """
+        move = (before, after)
+        self._moves.append(move)
+        try:
+            for inode in inodes:
+                self.moved(inode)
+            yield
+        finally:
+            self._moves.remove(move)
+
+    def _paths(self, inode: Inode) -> tuple[bytes, ...]:
+        """Where it is, behind where the moves under way may have taken it by now."""
+        known = self.table.paths(inode)
+        if not self._moves:
+            return known
+        paths = list(known)
+        for path in paths:  # those that are found are looked at, too
+            for before, after in self._moves:
+                moved = after + path[len(before) :]
+                if (path == before or path.startswith(before + b"/")) and moved not in paths and len(paths) < PATHS_MAX:
+                    paths.append(moved)
+        return (*paths[len(known) :], *known)
 
     def forget(self, inode: Inode) -> None:
         """Nobody wants its unwritten data any more: it is gone, or a person gave it up."""

@@ -15,7 +15,7 @@ from backing.base import RENAME_EXCHANGE
 from cachefs.creation import Caller
 from cachefs.inode import Inode, patched
 from cachefs.setattr import Changes
-from world import World
+from world import CALLER, World
 
 BLIND: list[dict[str, object]] = [{"op": "fstat", "errno": "EIO"}]  # no look at an open inode's attributes works
 both = pytest.mark.parametrize("blocking", [False, True])
@@ -269,6 +269,41 @@ def test_regression_while_a_rename_is_under_way_unwritten_files_are_known_by_bot
             world.backing.rename = look  # type: ignore[method-assign,assignment]
             await world.fs.rename(root, b"a", root, b"b", flags)
             assert seen == [{b"a", b"b"}, {b"a", b"b"} if flags else {b"b"}]
+            await world.shut()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_regression_a_rename_under_way_is_not_forgotten_when_another_ends_or_the_file_is_written_anew(tmp_path: Path) -> None:
+    """A directory's rename had every unwritten file's paths written down as they were known: without where others were going."""
+    for name in ("source", "state", "source/dir", "source/dir/below"):
+        (tmp_path / name).mkdir()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world = World(nursery, tmp_path / "source", blocking=True, journal=tmp_path / "state")
+            root, fs = world.table.root, world.fs
+            inode, handle = await world.open("a")
+            await world.files.write(handle, 0, b"unwritten")
+            directory = await fs.lookup(root, b"dir")
+            below, opened = await fs.creation.create(directory, b"b", 0o100644, os.O_RDWR | os.O_CREAT, CALLER)
+            world.backing.set_plan([{"op": "rename", "hang": True, "count": 2}])
+            try:
+                for old, new in ((b"a", b"z"), (b"dir", b"other")):
+                    nursery.start_soon(fs.rename, root, old, root, new, 0)
+                    await trio.testing.wait_all_tasks_blocked()
+                await world.writeback.flush(inode)
+                assert inode.journaled is None
+                await world.files.write(handle, 0, b"again")
+                await world.files.write(opened.number, 0, b"new")
+                await fs.rename(directory, b"below", directory, b"above", 0)
+                assert inode.journaled is not None and set(inode.journaled.record.paths) == {b"a", b"z"}
+                assert below.journaled is not None and set(below.journaled.record.paths) == {b"dir/b", b"other/b"}
+            finally:
+                world.backing.set_plan([])
+            while below.journaled.record.paths != (b"other/b",) or inode.journaled.record.paths != (b"z",):
+                await trio.lowlevel.checkpoint()
             await world.shut()
             nursery.cancel_scope.cancel()
 
