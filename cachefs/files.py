@@ -319,13 +319,18 @@ class Files:
             not 0 < nbytes <= self.filler.piece_bytes - offset % PAGE_SIZE
             or offset + nbytes > EXTEND_AT_ONCE_BYTES
             or handle.synchronous
+            or self.keeper.failing
             or (handle.uid and inode.st.st_mode & SET_ID)
             or self.writeback.must_throttle(nbytes)
             or not self.space.has_room(offset, nbytes, file.size, not handle.uid)
             or not self.cache.write_now(file, offset, data, handle.account, handle.readahead.transient)
         ):
             return False
-        return self._wrote(inode, offset, nbytes)
+        if self._wrote(inode, offset, nbytes):
+            return True
+        handle.account.write_bytes -= nbytes  # it is counted again
+        self.keeper.written_through -= 1
+        return False
 
     def _wrote(self, inode: Inode, offset: int, nbytes: int) -> bool:
         """The cache has these bytes. False: they have to go to the backing before they are acknowledged."""

@@ -21,12 +21,11 @@ from cachefs.creation import Creation
 from cachefs.descriptors import Descriptors
 from cachefs.directories import Directories
 from cachefs.files import Files, Opened
-from cachefs.inode import Inode, InodeTable
+from cachefs.inode import Inode, InodeTable, Name
 from cachefs.listings import Listings
 from cachefs.writeback import Writeback
 from cachefs.xattrs import ExtendedAttributes
 
-Name = tuple[Inode, bytes]  # directory, name in it
 
 class FileSystem:
     """Names. `files` has the data side and `files.setter` changes attributes; what is made is in `creation`."""
@@ -151,6 +150,7 @@ class FileSystem:
         self.files.data.settle(inode)
         dropped = self.table.drop(inode)
         for gone in dropped:
+            gone.file = None  # which has it in turn: nobody else would take the two apart, see `garbage.py`
             self.descriptors.close(gone)
             self.files.data.unsynced.pop(gone, None)
             self.listings.forget(gone)
@@ -302,7 +302,7 @@ class FileSystem:
         if inode is None:
             return contextlib.nullcontext()
         moving = tuple(self.writeback.dirty) if inode.is_dir else (inode,)
-        return self.files.keeper.moving(moving, self.table.path_in(*old), self.table.path_in(*new))
+        return self.files.keeper.moving(moving, old, new)
 
     def _moved(self, inode: Inode) -> None:
         for moved in self.writeback.dirty if inode.is_dir else (inode,):

@@ -23,6 +23,7 @@ _NUMBERED_FIELDS = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid
 _NAMED_FIELDS = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blksize", "st_blocks", "st_rdev")
 
 Signature = tuple[int, int, int]
+Name = tuple["Inode", bytes]  # directory, name in it
 NO_XATTRS: Mapping[bytes, bytes | int] = {}
 
 

@@ -16,7 +16,7 @@ import trio
 from backing.base import Backing
 from cachefs.cache.page import GROUP_PAGES, GROUP_SHIFT, IN_GROUP, PAGE_SHIFT, PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
-from cachefs.inode import Inode, InodeTable
+from cachefs.inode import Inode, InodeTable, Name
 from cachefs.journal.journal import Journal, JournalFile
 from cachefs.journal.records import PATHS_MAX, FileRecord, PagesRecord
 from cachefs.journal.slots import JournalFull
@@ -39,11 +39,11 @@ class Keeper:
         self.retiring: set[Inode] = set()  # written back, and named by `synced` still
         self.make_durable: Callable[[Iterable[Inode]], Awaitable[object]] = _nothing_is_durable  # has the backing do that
         self._syncing = trio.Lock()
-        self._moves: list[tuple[bytes, bytes]] = []  # renames under way: path before, path after
+        self._moves: list[tuple[Name, Name]] = []  # renames under way: from, to
         self.written_through = 0  # writes that the journal could not take
         self.recovery_seconds = 0.0  # this and what follows is recovery's to count
         self.replayed_bytes = self.replayed_files = self.set_aside_files = self.lost_bytes = 0
-        self._failing = False
+        self.failing = False  # it could not take the last write
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -61,20 +61,23 @@ class Keeper:
             return True
         try:
             kept = inode.journaled or self._add(journal, inode)
-            kept.record.size = file.size
-            kept.record.mtime_ns = inode.mtime_ns
+            record = kept.record
+            before = record.size if kept.cover else inode.st.st_size
+            record.mtime_ns = inode.mtime_ns
             page, stop = offset >> PAGE_SHIFT, (offset + nbytes + PAGE_SIZE - 1) >> PAGE_SHIFT
             while page < stop:
                 first = page & IN_GROUP
                 count = min(stop - page, GROUP_PAGES - first)
                 start = file.groups[page >> GROUP_SHIFT].base + (first << PAGE_SHIFT)
-                journal.put(kept, page, self._memory[start : start + (count << PAGE_SHIFT)])
+                data = self._memory[start : start + (count << PAGE_SHIFT)]
+                record.size = file.size if page + count == stop else min(file.size, max(before, page + count << PAGE_SHIFT))
+                journal.put(kept, page, data, before)
                 page += count
         except (OSError, JournalFull) as error:
             self.written_through += 1
             self._say_failing(error)
             return False
-        self._failing = False
+        self.failing = False
         return True
 
     def _add(self, journal: Journal, inode: Inode) -> JournalFile:
@@ -96,10 +99,10 @@ class Keeper:
             return b""
 
     def _say_failing(self, error: Exception) -> None:
-        if not self._failing:
+        if not self.failing:
             reason = "it is full" if isinstance(error, JournalFull) else str(error)
             log.warning("the journal cannot take more (%s): each write goes to SOURCE before it is acknowledged", reason)
-        self._failing = True
+        self.failing = True
 
     # --- writing back --------------------------------------------------------------------------------------------------
 
@@ -294,12 +297,12 @@ class Keeper:
             self._note(self.journal, kept)
 
     @contextlib.contextmanager
-    def moving(self, inodes: Iterable[Inode], before: bytes, after: bytes) -> Iterator[None]:
-        """The path `before`, of one of `inodes` or of a directory above them, is about to become `after`.
+    def moving(self, inodes: Iterable[Inode], old: Name, new: Name) -> Iterator[None]:
+        """What is called `old`, one of `inodes` or a directory above them, is about to become `new`.
 
         Inside, files are looked for under both, whoever writes down their paths meanwhile and for whatever reason.
         """
-        move = (before, after)
+        move = (old, new)
         self._moves.append(move)
         try:
             for inode in inodes:
@@ -313,11 +316,12 @@ class Keeper:
         known = self.table.paths(inode)
         if not self._moves:
             return known
+        moves = [(self.table.path_in(*old), self.table.path_in(*new)) for old, new in self._moves]
         paths = list(known)
         for path in paths:  # those that are found are looked at, too
-            for before, after in self._moves:
+            for before, after in moves:
                 moved = after + path[len(before) :]
-                if (path == before or path.startswith(before + b"/")) and moved not in paths and len(paths) < PATHS_MAX:
+                if (path == before or path.startswith(before + b"/")) and moved not in paths and len(paths) < 2 * PATHS_MAX:
                     paths.append(moved)
         return (*paths[len(known) :], *known)
 

@@ -12,7 +12,7 @@ import sys
 import trio
 
 from backing.base import Backing
-from cachefs import controlserver, daemon, mountinfo
+from cachefs import controlserver, daemon, garbage, mountinfo
 from cachefs.commands import Commands
 from cachefs.config import Config
 from cachefs.daemon import Ready
@@ -56,6 +56,7 @@ def serve(config: Config, state: State, ready: Ready) -> int:
     """
     raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
+    garbage.look_once()
     os.umask(0)  # modes come with the callers' own umask
     backing = make_backing(config)
     predecessor = Predecessor(config, state.directory) if config.durability != "none" else None

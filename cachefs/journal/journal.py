@@ -104,16 +104,28 @@ class Journal:
         record.file = self._last_file
         return JournalFile(record)
 
-    def put(self, file: JournalFile, page: int, data: memoryview) -> None:
-        """Writes down whole pages from `page` on, 256 at most, with the file's size and time. They survive us from then on."""
-        if len(data) == PAGE_SIZE:
+    def put(self, file: JournalFile, page: int, data: memoryview, size_before: int | None = None) -> None:
+        """Writes down whole pages from `page` on, 256 at most, with the file's size and time. They survive us from then on.
+
+        `size_before` is the file's size before this write (None: no less than now). Where that takes several rows, each says no
+        more than what is written down by then: were we killed between two, the file would get zeros that nobody wrote.
+        """
+        count = len(data) >> PAGE_SHIFT
+        if count == 1:
             self._put_one(file, page, data)
-            return
-        if len(data) == 2 * PAGE_SIZE and file.cover and self.slots.used + 2 <= self.slots.count:
+        elif count == 2 and file.cover and self.slots.used + 2 <= self.slots.count:
             # As appends have it. A run of two would cost half as much again.
-            self._put_one(file, page, data[:PAGE_SIZE])
+            record, size = file.record, file.record.size
+            record.size = _grown(size, size_before, page + 1)
+            try:
+                self._put_one(file, page, data[:PAGE_SIZE])
+            finally:
+                record.size = size
             self._put_one(file, page + 1, data[PAGE_SIZE:])
-            return
+        else:
+            self._put_runs(file, page, data, size_before)
+
+    def _put_runs(self, file: JournalFile, page: int, data: memoryview, size_before: int | None) -> None:
         runs = self.slots.take(len(data) >> PAGE_SHIFT)
         try:
             self._reserve(max(slot + count for slot, count in runs))
@@ -129,7 +141,8 @@ class Journal:
             stop = at + (count << PAGE_SHIFT)
             self.seq += 1
             entry = Entry(self.seq, page + (at >> PAGE_SHIFT), slot, count, checksum(data[at:stop]))
-            self.rows.set(slot, self._row(file, entry))
+            size = _grown(file.record.size, size_before if stop < len(data) else None, entry.page + count)
+            self.rows.set(slot, self._row(file, entry, size))
             self._supersede(file, entry)
             at = stop
 
@@ -171,10 +184,10 @@ class Journal:
         if slots > self.data.reserved:
             self.rows.reserve(self.data.reserve(slots))
 
-    def _row(self, file: JournalFile, entry: Entry) -> bytes:
+    def _row(self, file: JournalFile, entry: Entry, size: int) -> bytes:
         record, live = file.record, entry.live.to_bytes(32, "little")
         return pack_pages(
-            entry.seq, record.file, entry.page, entry.slot, entry.count, entry.checksum, record.size, record.mtime_ns, live
+            entry.seq, record.file, entry.page, entry.slot, entry.count, entry.checksum, size, record.mtime_ns, live
         )
 
     def _file_row(self, file: JournalFile) -> list[Row]:
@@ -302,7 +315,7 @@ class Journal:
             if owners[entry.slot] == record.file:
                 self.rows.set_live(entry.slot, entry.live)
             else:
-                self.rows.set(entry.slot, self._row(file, entry))
+                self.rows.set(entry.slot, self._row(file, entry, record.size))
         self.seq = max(self.seq, record.seq)
         self._last_file = max(self._last_file, record.file)
         self.files[record.file] = file
@@ -340,6 +353,11 @@ class Journal:
             runs += len(entries | file.synced)
         assert taken <= self.slots.used, "slots that nobody took"
         assert runs <= self.slots.runs, "entries miscounted"
+
+
+def _grown(size: int, size_before: int | None, end_page: int) -> int:
+    """What a row says of a file that grows to `size`, if what comes behind `end_page` is not written down yet; None: all is."""
+    return size if size_before is None else min(size, max(size_before, end_page << PAGE_SHIFT))
 
 
 def _remove(path: str) -> None:

@@ -124,7 +124,7 @@ def first_run(mask: int, count: int) -> int:
 
 class SlotFile:
     """The file behind the slots. Whatever becomes of us, the kernel has what was written: single pages through a shared
-    mapping, which costs a fifth of a pwrite, longer runs by pwrite, which does not fault page by page.
+    mapping, which costs a fifth of a pwrite; longer runs, and the first page in a slot, by pwrite, which takes no fault.
     """
 
     def __init__(self, path: str, slots: int) -> None:

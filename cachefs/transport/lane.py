@@ -107,10 +107,12 @@ class Lane:
         vector, body, unpack = [buffer], memoryview(buffer)[HEADER_BYTES:], REQUEST.unpack_from
         quick, fd, clock, readv = self._quick, self.fd, time.perf_counter, os.readv
         try:
-            while not self._over:
+            while True:
                 try:
                     if clock() > self._turn_ends:
                         await self._give_turn()
+                    if self._over:
+                        break
                     length = readv(fd, vector)
                 except OSError as error:  # mostly there is none
                     length = await self._receive(vector, error)
@@ -175,22 +177,24 @@ class Lane:
         await trio.lowlevel.checkpoint()
         self._turn_ends = time.perf_counter() + TURN_SECONDS
 
-    async def _receive(self, vector: list[bytearray], error: OSError) -> int:
-        """The length of the next request, which is in `vector` then, after a look that ended in `error`; 0: there is none."""
-        while True:
+    async def _receive(self, vector: list[bytearray], problem: OSError) -> int:
+        """The length of the next request, which is in `vector` then, after a look that ended in `problem`; 0: there is none."""
+        error: OSError | None = problem
+        while not self._over:
+            if error is None:
+                try:
+                    return os.readv(self.fd, vector)
+                except OSError as another:
+                    error = another
             if isinstance(error, BlockingIOError):
                 if await self._waiting.wait():
                     self._turn_ends = time.perf_counter() + TURN_SECONDS
             elif error.errno in (errno.ENODEV, errno.ECONNABORTED):  # unmounted, or told to abort
-                return 0
+                break
             elif error.errno != errno.ENOENT:  # else that one was taken back before we had it
                 raise error
-            if self._over:
-                return 0
-            try:
-                return os.readv(self.fd, vector)
-            except OSError as another:
-                error = another
+            error = None
+        return 0
 
     def _answer_hit(self, unique: int, handle: int, offset: int, size: int) -> bool:
         """Answers a READ whose pages are all here; False, and nothing done, if they are not."""

@@ -7,7 +7,6 @@ understood raises struct.error or ValueError.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from struct import Struct
 from typing import Final
 
@@ -275,7 +274,7 @@ def names_alone(listing: Sequence[Entry], start: int, room: int) -> tuple[list[b
     """
     parts: list[bytes] = []
     offset, pack, before = start, DIRENT.pack, len(NO_ENTRY) + DIRENT.size
-    for name, number, kind in islice(listing, start - 2, None):
+    for name, number, kind in listing[start - 2 : start - 1 + room // before]:  # no more than may have room: it may be a million
         length = len(name)
         padding = PADDING[length % 8]
         room -= before + length + len(padding)

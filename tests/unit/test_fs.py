@@ -14,6 +14,7 @@ import trio.testing
 from backing.base import RENAME_EXCHANGE
 from cachefs.creation import Caller
 from cachefs.inode import Inode, patched
+from cachefs.journal.records import PATHS_MAX, unpack_file
 from cachefs.setattr import Changes
 from world import CALLER, World
 
@@ -304,6 +305,61 @@ def test_regression_a_rename_under_way_is_not_forgotten_when_another_ends_or_the
                 world.backing.set_plan([])
             while below.journaled.record.paths != (b"other/b",) or inode.journaled.record.paths != (b"z",):
                 await trio.lowlevel.checkpoint()
+            await world.shut()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_rename_under_way_goes_along_with_the_directory_that_is_renamed_meanwhile(tmp_path: Path) -> None:
+    for name in ("source", "state", "source/dir"):
+        (tmp_path / name).mkdir()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world = World(nursery, tmp_path / "source", blocking=True, journal=tmp_path / "state")
+            root, fs = world.table.root, world.fs
+            directory = await fs.lookup(root, b"dir")
+            inode, opened = await fs.creation.create(directory, b"b", 0o100644, os.O_RDWR | os.O_CREAT, CALLER)
+            await world.files.write(opened.number, 0, b"unwritten")
+            world.backing.set_plan([{"op": "rename", "hang": True, "count": 1}])
+            try:
+                nursery.start_soon(fs.rename, directory, b"b", directory, b"c", 0)
+                await trio.testing.wait_all_tasks_blocked()
+                await fs.rename(root, b"dir", root, b"other", 0)
+                assert inode.journaled is not None and set(inode.journaled.record.paths) == {b"other/b", b"other/c"}
+            finally:
+                world.backing.set_plan([])
+            while inode.journaled.record.paths != (b"other/c",):
+                await trio.lowlevel.checkpoint()
+            await world.shut()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_of_many_names_those_that_a_rename_under_way_gives_are_written_down_first(tmp_path: Path) -> None:
+    for name in ("source", "state", "source/dir"):
+        (tmp_path / name).mkdir()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world = World(nursery, tmp_path / "source", blocking=True, journal=tmp_path / "state")
+            root, fs = world.table.root, world.fs
+            directory = await fs.lookup(root, b"dir")
+            inode, opened = await fs.creation.create(directory, b"0", 0o100644, os.O_RDWR | os.O_CREAT, CALLER)
+            for number in range(1, PATHS_MAX):
+                await fs.link(inode, directory, b"%d" % number)
+            await world.files.write(opened.number, 0, b"unwritten")
+            seen: list[bytes] = []
+
+            def look(*arguments: object) -> None:
+                assert inode.journaled is not None
+                seen.extend(unpack_file(inode.journaled.record.pack()).paths)
+
+            world.backing.rename = look  # type: ignore[method-assign,assignment]
+            await fs.rename(root, b"dir", root, b"other", 0)
+            assert seen == [b"other/%d" % number for number in range(PATHS_MAX)]
             await world.shut()
             nursery.cancel_scope.cancel()
 

@@ -114,6 +114,32 @@ def test_a_write_of_whole_pages_waits_for_nobody_and_is_counted(tmp_path: Path) 
     trio.run(main)
 
 
+def test_after_the_end_no_request_is_read_though_others_had_their_turn_before(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with staged(tmp_path) as stage:
+            kernel, lane = stage.kernel, stage.lane
+            node, handle = await kernel.open(b"f")
+            give_turn, answer_hit = lane._give_turn, lane._answer_hit
+
+            def slow_hit(*request: int) -> bool:
+                lane._turn_ends = 0.0
+                return answer_hit(*request)
+
+            async def end() -> None:
+                await give_turn()
+                lane.terminate()
+                kernel.send(wire.WRITE, node, transfer(handle, 0, PAGE_SIZE, b"w" * PAGE_SIZE))
+
+            lane._give_turn, lane._answer_hit = end, slow_hit  # type: ignore[method-assign]
+            kernel.send(wire.READ, node, transfer(handle, 0, 16))
+            with trio.fail_after(10):
+                while lane._workers:
+                    await trio.lowlevel.checkpoint()
+            assert stage.world.cache.dirty_pages == 0
+
+    trio.run(main)
+
+
 def test_lookups_are_taken_back_together_and_one_by_one(tmp_path: Path) -> None:
     async def main() -> None:
         async with staged(tmp_path) as stage:
@@ -385,5 +411,33 @@ def test_errors_and_cancelling_pass_through() -> None:
         with trio.move_on_after(0.01) as scope:
             await until_it_waits(trio.sleep_forever(), lambda: None)  # type: ignore[arg-type]
         assert scope.cancelled_caught
+
+    trio.run(main)
+
+
+def test_a_write_that_the_journal_cannot_take_is_on_the_backing_when_it_returns_and_counted_once(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "state").mkdir()
+
+    async def main() -> None:
+        async with staged(tmp_path / "source", journal=tmp_path / "state") as stage:
+            kernel, world = stage.kernel, stage.world
+            node, handle = await kernel.open(b"f")
+            journal = world.keeper.journal
+            assert journal is not None
+            put = journal.put
+
+            def refuse(*arguments: object) -> None:
+                raise OSError(errno.ENOSPC, "no room")
+
+            for number in (1, 2):  # the first, and one when that is known
+                journal.put = refuse  # type: ignore[method-assign,assignment]
+                await kernel.must(wire.WRITE, node, transfer(handle, 0, PAGE_SIZE, bytes([number]) * PAGE_SIZE))
+                assert (tmp_path / "source" / "f").read_bytes()[:PAGE_SIZE] == bytes([number]) * PAGE_SIZE
+                assert world.keeper.written_through == number
+                assert world.cache.accounts.total("write_bytes") == number * PAGE_SIZE and stage.count("write") == number
+            journal.put = put  # type: ignore[method-assign]
+            await kernel.must(wire.WRITE, node, transfer(handle, 0, PAGE_SIZE, b"3" * PAGE_SIZE))
+            assert world.keeper.written_through == 2 and not world.keeper.failing and world.cache.dirty_pages == 1
 
     trio.run(main)

@@ -268,6 +268,14 @@ def test_write_now_does_what_write_does_or_nothing(steps: list[tuple[str, tuple[
                 assert reads.peek(one, here, at, min(at + P, end)) == reads.peek(other, there, at, min(at + P, end))
 
 
+def test_what_came_for_one_use_and_is_written_now_is_for_one_use_no_more() -> None:
+    cache = Checked("lru", 64)
+    file = cache.file(4 * P)
+    cache.write(file, 0, b"x" * 2 * P, transient=True)
+    assert cache.write_now(file, 0, memoryview(b"y" * P), cache.accounts.nobody, False)
+    assert file.transient == {0: 0b10}
+
+
 def test_write_now_leaves_alone_what_a_thread_is_reading() -> None:
     cache = Checked("lru", 64)
     file = cache.file(4 * P)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backing.base import Entry
 from cachefs.inode import Attributes
 from cachefs.transport import wire
 from cachefs.transport.wire import Request
@@ -111,3 +113,27 @@ def test_names_that_are_paths_or_nothing_are_none(name: bytes) -> None:
 def test_transfers_of_what_cannot_be_are_refused(offset: int, size: int) -> None:
     with pytest.raises(ValueError, match="agreed"):
         wire.transfer_in(memoryview(struct.pack("=QQI", 1, offset, size)))
+
+
+kinds = st.sampled_from((stat.S_IFREG, stat.S_IFDIR))
+names = st.lists(st.builds(Entry, st.binary(min_size=1, max_size=20), st.integers(1, 99), kinds), max_size=30)
+
+
+@given(names, st.integers(2, 32), st.integers(0, 3000))
+def test_names_alone_are_those_from_an_offset_on_that_there_is_room_for(listing: list[Entry], start: int, room: int) -> None:
+    parts, count = wire.names_alone(listing, start, room)
+    entries = []
+    for offset, entry in list(enumerate(listing, 2))[start - 2 :]:
+        head = struct.pack("=QQII", entry.number, offset + 1, len(entry.name), entry.kind >> 12)
+        entries.append(bytes(128) + head + entry.name + bytes(-len(entry.name) % 8))
+    assert b"".join(parts) == b"".join(entries[:count]) and len(b"".join(parts)) <= room
+    assert count == len(entries) or len(b"".join(entries[: count + 1])) > room
+
+
+def test_names_alone_of_a_long_listing_cost_no_more_at_its_end() -> None:
+    class Counting(list):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[Entry]:
+            raise AssertionError("all of it was walked through")
+
+    listing = Counting(Entry(b"name", 1, 0o100000) for _ in range(5000))
+    assert wire.names_alone(listing, 4902, 1 << 20)[1] == 100
