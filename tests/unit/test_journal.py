@@ -442,6 +442,7 @@ def test_a_page_that_is_written_to_while_it_is_written_back_stays(journal: Journ
     journal.put(file, 0, page(2))
     journal.remove(file, [0], before)
     assert bytes_of(journal, left_by(journal), 1) == {0: bytes(page(2))}
+    shut(journal)
 
 
 def test_the_entry_of_a_page_that_was_written_to_again_has_the_checksum_of_its_bytes(journal: Journal) -> None:
@@ -450,6 +451,7 @@ def test_the_entry_of_a_page_that_was_written_to_again_has_the_checksum_of_its_b
         journal.put(file, 0, page(byte))
     (row,) = rows_of(file)
     assert row.checksum == checksum(journal.data.read((row.slot, 1)))
+    shut(journal)
 
 
 def test_what_the_durable_index_names_is_not_written_over(journal: Journal) -> None:
@@ -461,6 +463,7 @@ def test_what_the_durable_index_names_is_not_written_over(journal: Journal) -> N
     for at in range(3):
         journal.put(file, at, page(2 + at))
     assert journal.data.read((row.slot, 1)) == bytes(page(1))
+    shut(journal)
 
 
 @pytest.mark.parametrize("pages, scattered", [(2, False), (6, True)])
@@ -489,3 +492,4 @@ def test_regression_a_kill_between_two_rows_of_one_write_leaves_no_zeros(
     monkeypatch.setattr(journal.rows, "set", looked_at)
     journal.put(file, 1, page(2, pages), before)
     assert len(sizes) > 1 and sizes == sorted(sizes) and sizes[-1] == file.record.size == (1 + pages) * P - 100
+    shut(journal)
