@@ -245,7 +245,7 @@ class Files:
         view = self.read_now(number, offset, size)
         if view is not None:
             if self.ahead is not None:
-                self.filler.nursery.start_soon(self._prefetch_soon, self.ahead)
+                self.filler.nursery.start_soon(self._prefetch_soon, *self.ahead)
                 self.ahead = None
             return view
         handle = self.handles[number]
@@ -264,14 +264,16 @@ class Files:
         """Starts what is `ahead`. After the reply: to make room could take the pages from under the view."""
         if self.ahead is not None:
             (file, window), self.ahead = self.ahead, None
-            if window.transient:
-                drop_transient(self.cache, file)
-            self.filler.prefetch(file, window)
-            self._measure()
+            self._prefetch(file, window)
 
-    async def _prefetch_soon(self, ahead: tuple[CachedFile, Window]) -> None:
-        self.ahead = ahead
-        self.prefetch()
+    async def _prefetch_soon(self, file: CachedFile, window: Window) -> None:
+        self._prefetch(file, window)
+
+    def _prefetch(self, file: CachedFile, window: Window) -> None:
+        if window.transient:
+            drop_transient(self.cache, file)
+        self.filler.prefetch(file, window)
+        self._measure()
 
     @property
     def readahead_max_pages(self) -> int:

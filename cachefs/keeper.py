@@ -63,15 +63,13 @@ class Keeper:
             kept = inode.journaled or self._add(journal, inode)
             record = kept.record
             before = record.size if kept.cover else inode.st.st_size
-            record.mtime_ns = inode.mtime_ns
+            record.size, record.mtime_ns = file.size, inode.mtime_ns
             page, stop = offset >> PAGE_SHIFT, (offset + nbytes + PAGE_SIZE - 1) >> PAGE_SHIFT
             while page < stop:
                 first = page & IN_GROUP
                 count = min(stop - page, GROUP_PAGES - first)
                 start = file.groups[page >> GROUP_SHIFT].base + (first << PAGE_SHIFT)
-                data = self._memory[start : start + (count << PAGE_SHIFT)]
-                record.size = file.size if page + count == stop else min(file.size, max(before, page + count << PAGE_SHIFT))
-                journal.put(kept, page, data, before)
+                journal.put(kept, page, self._memory[start : start + (count << PAGE_SHIFT)], before, page + count < stop)
                 page += count
         except (OSError, JournalFull) as error:
             self.written_through += 1

@@ -104,28 +104,26 @@ class Journal:
         record.file = self._last_file
         return JournalFile(record)
 
-    def put(self, file: JournalFile, page: int, data: memoryview, size_before: int | None = None) -> None:
+    def put(
+        self, file: JournalFile, page: int, data: memoryview, size_before: int | None = None, more: bool = False
+    ) -> None:
         """Writes down whole pages from `page` on, 256 at most, with the file's size and time. They survive us from then on.
 
-        `size_before` is the file's size before this write (None: no less than now). Where that takes several rows, each says no
-        more than what is written down by then: were we killed between two, the file would get zeros that nobody wrote.
+        `more` of the same write follow, which began when the file had `size_before` bytes (None: no fewer than now). Where that
+        takes several rows, each but the last says no more than what is written down by then (`_grown`).
         """
-        count = len(data) >> PAGE_SHIFT
+        count, size = len(data) >> PAGE_SHIFT, file.record.size
+        last = _grown(size, size_before, page + count) if more else size
         if count == 1:
-            self._put_one(file, page, data)
+            self._put_one(file, page, data, last)
         elif count == 2 and file.cover and self.slots.used + 2 <= self.slots.count:
             # As appends have it. A run of two would cost half as much again.
-            record, size = file.record, file.record.size
-            record.size = _grown(size, size_before, page + 1)
-            try:
-                self._put_one(file, page, data[:PAGE_SIZE])
-            finally:
-                record.size = size
-            self._put_one(file, page + 1, data[PAGE_SIZE:])
+            self._put_one(file, page, data[:PAGE_SIZE], _grown(size, size_before, page + 1))
+            self._put_one(file, page + 1, data[PAGE_SIZE:], last)
         else:
-            self._put_runs(file, page, data, size_before)
+            self._put_runs(file, page, data, size_before, last)
 
-    def _put_runs(self, file: JournalFile, page: int, data: memoryview, size_before: int | None) -> None:
+    def _put_runs(self, file: JournalFile, page: int, data: memoryview, size_before: int | None, last: int) -> None:
         runs = self.slots.take(len(data) >> PAGE_SHIFT)
         try:
             self._reserve(max(slot + count for slot, count in runs))
@@ -141,12 +139,12 @@ class Journal:
             stop = at + (count << PAGE_SHIFT)
             self.seq += 1
             entry = Entry(self.seq, page + (at >> PAGE_SHIFT), slot, count, checksum(data[at:stop]))
-            size = _grown(file.record.size, size_before if stop < len(data) else None, entry.page + count)
+            size = _grown(file.record.size, size_before, entry.page + count) if stop < len(data) else last
             self.rows.set(slot, self._row(file, entry, size))
             self._supersede(file, entry)
             at = stop
 
-    def _put_one(self, file: JournalFile, page: int, data: memoryview) -> None:
+    def _put_one(self, file: JournalFile, page: int, data: memoryview, size: int) -> None:
         """`put` of one page: most writes, so through a mapping, and with no call that can be spared."""
         slot = self.slots.take_one()
         try:
@@ -161,7 +159,7 @@ class Journal:
         self.seq = seq = self.seq + 1
         digest, record, cover = checksum(data), file.record, file.cover
         self.rows.set(
-            slot, pack_pages(seq, record.file, page, slot, 1, digest, record.size, record.mtime_ns, ONE_LIVE)
+            slot, pack_pages(seq, record.file, page, slot, 1, digest, size, record.mtime_ns, ONE_LIVE)
         )
         old = cover.get(page)
         if old is not None and old.count == 1 and not old.synced:
@@ -356,7 +354,10 @@ class Journal:
 
 
 def _grown(size: int, size_before: int | None, end_page: int) -> int:
-    """What a row says of a file that grows to `size`, if what comes behind `end_page` is not written down yet; None: all is."""
+    """What a row says of a file that grows to `size`, while what comes behind `end_page` is not written down yet.
+
+    Were we killed then, and it said `size`, the file would get zeros that nobody wrote.
+    """
     return size if size_before is None else min(size, max(size_before, end_page << PAGE_SHIFT))
 
 

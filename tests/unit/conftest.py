@@ -11,6 +11,8 @@ import pytest
 import trio
 import trio.testing
 
+from cachefs.cache.policy import POLICIES
+from checked import Checked
 from world import World, world_of
 
 LEFT_MAX = 40  # a file of tests may leave that many; some stand for a daemon that was killed
@@ -22,6 +24,11 @@ def descriptors_are_given_back() -> Iterator[None]:
     before = len(os.listdir("/proc/self/fd"))
     yield
     assert len(os.listdir("/proc/self/fd")) - before < LEFT_MAX
+
+
+@pytest.fixture(params=sorted(POLICIES))
+def make_cache(request: pytest.FixtureRequest) -> Callable[[int], Checked]:
+    return lambda pages: Checked(request.param, pages)
 
 
 @pytest.fixture(params=[False, True], ids=["local", "far"])

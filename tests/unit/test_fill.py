@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -17,6 +17,7 @@ from cachefs.cache.page import PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
 from cachefs.cache.policy import POLICIES, make
 from cachefs.cache.readahead import Window
+from stores import run
 
 P = PAGE_SIZE
 wait_all_tasks_blocked = trio.testing.wait_all_tasks_blocked
@@ -114,16 +115,6 @@ async def stack(pages: int = 64, policy: str = "lru") -> AsyncIterator[Fixture]:
         it.cache.check_invariants()
         assert not it.cache.filling_pages
         nursery.cancel_scope.cancel()
-
-
-def run(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
-    """Makes a test of a coroutine function, under a clock that jumps."""
-
-    def synchronous() -> None:
-        trio.run(test, clock=trio.testing.MockClock(autojump_threshold=0))
-
-    synchronous.__name__, synchronous.__doc__ = test.__name__, test.__doc__  # type: ignore[attr-defined]
-    return synchronous
 
 
 @run

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,24 @@ def over(top: Path, test: Callable[[World], Awaitable[None]], blocking: bool) ->
             await test(world)
             world.check()
             world.backing.set_plan([])
+            await world.shut()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def far_with_journal(top: Path, test: Callable[[World], Awaitable[None]]) -> None:
+    """The same far away, with a journal, over the directory `source` in `top`."""
+    for name in ("source", "state"):
+        (top / name).mkdir(exist_ok=True)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world = World(nursery, top / "source", blocking=True, journal=top / "state")
+            try:
+                await test(world)
+            finally:
+                world.backing.set_plan([])
             await world.shut()
             nursery.cancel_scope.cancel()
 
@@ -251,119 +270,99 @@ def test_regression_a_write_that_waits_for_its_page_leaves_the_times_alone(tmp_p
 @pytest.mark.parametrize("flags", [0, RENAME_EXCHANGE])
 def test_regression_while_a_rename_is_under_way_unwritten_files_are_known_by_both_names(tmp_path: Path, flags: int) -> None:
     """The other one of an exchange was known by its old name alone: far away, where there are no handles, it was not found."""
-    (tmp_path / "source").mkdir()
-    (tmp_path / "state").mkdir()
 
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            world = World(nursery, tmp_path / "source", blocking=True, journal=tmp_path / "state")
-            root, inodes = world.table.root, []
-            for name in ("a", "b"):
-                inode, handle = await world.open(name)
-                await world.files.write(handle, 0, name.encode())
-                inodes.append(inode)
-            seen: list[set[bytes]] = []
+    async def main(world: World) -> None:
+        root, inodes = world.table.root, []
+        for name in ("a", "b"):
+            inode, handle = await world.open(name)
+            await world.files.write(handle, 0, name.encode())
+            inodes.append(inode)
+        seen: list[set[bytes]] = []
 
-            def look(*arguments: object) -> None:
-                seen.extend(set(inode.journaled.record.paths) for inode in inodes if inode.journaled is not None)
+        def look(*arguments: object) -> None:
+            seen.extend(set(paths_of(inode)) for inode in inodes if inode.journaled is not None)
 
-            world.backing.rename = look  # type: ignore[method-assign,assignment]
-            await world.fs.rename(root, b"a", root, b"b", flags)
-            assert seen == [{b"a", b"b"}, {b"a", b"b"} if flags else {b"b"}]
-            await world.shut()
-            nursery.cancel_scope.cancel()
+        world.backing.rename = look  # type: ignore[method-assign,assignment]
+        await world.fs.rename(root, b"a", root, b"b", flags)
+        assert seen == [{b"a", b"b"}, {b"a", b"b"} if flags else {b"b"}]
 
-    trio.run(main)
+    far_with_journal(tmp_path, main)
+
+
+def paths_of(inode: Inode) -> tuple[bytes, ...]:
+    """Where the journal says that a file with unwritten data is to be looked for."""
+    assert inode.journaled is not None
+    return unpack_file(inode.journaled.record.pack()).paths
+
+
+@contextlib.asynccontextmanager
+async def renames_that_hang(world: World, *renames: tuple[Inode, bytes, Inode, bytes]) -> AsyncIterator[None]:
+    """They are under way inside, and go on behind."""
+    world.backing.set_plan([{"op": "rename", "hang": True, "count": len(renames)}])
+    done = world.backing.calls["rename"]
+    async with trio.open_nursery() as nursery:
+        try:
+            for number, rename in enumerate(renames, 1):
+                nursery.start_soon(world.fs.rename, *rename, 0)
+                while world.backing.calls["rename"] < done + number:
+                    await trio.lowlevel.checkpoint()
+            yield
+        finally:
+            world.backing.set_plan([])
 
 
 def test_regression_a_rename_under_way_is_not_forgotten_when_another_ends_or_the_file_is_written_anew(tmp_path: Path) -> None:
     """A directory's rename had every unwritten file's paths written down as they were known: without where others were going."""
-    for name in ("source", "state", "source/dir", "source/dir/below"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "source" / "dir" / "below").mkdir(parents=True)
 
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            world = World(nursery, tmp_path / "source", blocking=True, journal=tmp_path / "state")
-            root, fs = world.table.root, world.fs
-            inode, handle = await world.open("a")
-            await world.files.write(handle, 0, b"unwritten")
-            directory = await fs.lookup(root, b"dir")
-            below, opened = await fs.creation.create(directory, b"b", 0o100644, os.O_RDWR | os.O_CREAT, CALLER)
-            world.backing.set_plan([{"op": "rename", "hang": True, "count": 2}])
-            try:
-                for old, new in ((b"a", b"z"), (b"dir", b"other")):
-                    nursery.start_soon(fs.rename, root, old, root, new, 0)
-                    await trio.testing.wait_all_tasks_blocked()
-                await world.writeback.flush(inode)
-                assert inode.journaled is None
-                await world.files.write(handle, 0, b"again")
-                await world.files.write(opened.number, 0, b"new")
-                await fs.rename(directory, b"below", directory, b"above", 0)
-                assert inode.journaled is not None and set(inode.journaled.record.paths) == {b"a", b"z"}
-                assert below.journaled is not None and set(below.journaled.record.paths) == {b"dir/b", b"other/b"}
-            finally:
-                world.backing.set_plan([])
-            while below.journaled.record.paths != (b"other/b",) or inode.journaled.record.paths != (b"z",):
-                await trio.lowlevel.checkpoint()
-            await world.shut()
-            nursery.cancel_scope.cancel()
+    async def main(world: World) -> None:
+        root, fs = world.table.root, world.fs
+        inode, handle = await world.open("a")
+        await world.files.write(handle, 0, b"unwritten")
+        directory = await fs.lookup(root, b"dir")
+        below, opened = await fs.creation.create(directory, b"b", 0o100644, os.O_RDWR | os.O_CREAT, CALLER)
+        async with renames_that_hang(world, (root, b"a", root, b"z"), (root, b"dir", root, b"other")):
+            await world.writeback.flush(inode)
+            assert inode.journaled is None
+            await world.files.write(handle, 0, b"again")
+            await world.files.write(opened.number, 0, b"new")
+            await fs.rename(directory, b"below", directory, b"above", 0)
+            assert set(paths_of(inode)) == {b"a", b"z"} and set(paths_of(below)) == {b"dir/b", b"other/b"}
+        assert (paths_of(inode), paths_of(below)) == ((b"z",), (b"other/b",))
 
-    trio.run(main)
+    far_with_journal(tmp_path, main)
 
 
 def test_a_rename_under_way_goes_along_with_the_directory_that_is_renamed_meanwhile(tmp_path: Path) -> None:
-    for name in ("source", "state", "source/dir"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "source" / "dir").mkdir(parents=True)
 
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            world = World(nursery, tmp_path / "source", blocking=True, journal=tmp_path / "state")
-            root, fs = world.table.root, world.fs
-            directory = await fs.lookup(root, b"dir")
-            inode, opened = await fs.creation.create(directory, b"b", 0o100644, os.O_RDWR | os.O_CREAT, CALLER)
-            await world.files.write(opened.number, 0, b"unwritten")
-            world.backing.set_plan([{"op": "rename", "hang": True, "count": 1}])
-            try:
-                nursery.start_soon(fs.rename, directory, b"b", directory, b"c", 0)
-                await trio.testing.wait_all_tasks_blocked()
-                await fs.rename(root, b"dir", root, b"other", 0)
-                assert inode.journaled is not None and set(inode.journaled.record.paths) == {b"other/b", b"other/c"}
-            finally:
-                world.backing.set_plan([])
-            while inode.journaled.record.paths != (b"other/c",):
-                await trio.lowlevel.checkpoint()
-            await world.shut()
-            nursery.cancel_scope.cancel()
+    async def main(world: World) -> None:
+        root, fs = world.table.root, world.fs
+        directory = await fs.lookup(root, b"dir")
+        inode, opened = await fs.creation.create(directory, b"b", 0o100644, os.O_RDWR | os.O_CREAT, CALLER)
+        await world.files.write(opened.number, 0, b"unwritten")
+        async with renames_that_hang(world, (directory, b"b", directory, b"c")):
+            await fs.rename(root, b"dir", root, b"other", 0)
+            assert set(paths_of(inode)) == {b"other/b", b"other/c"}
+        assert paths_of(inode) == (b"other/c",)
 
-    trio.run(main)
+    far_with_journal(tmp_path, main)
 
 
 def test_of_many_names_those_that_a_rename_under_way_gives_are_written_down_first(tmp_path: Path) -> None:
-    for name in ("source", "state", "source/dir"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "source" / "dir").mkdir(parents=True)
 
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            world = World(nursery, tmp_path / "source", blocking=True, journal=tmp_path / "state")
-            root, fs = world.table.root, world.fs
-            directory = await fs.lookup(root, b"dir")
-            inode, opened = await fs.creation.create(directory, b"0", 0o100644, os.O_RDWR | os.O_CREAT, CALLER)
-            for number in range(1, PATHS_MAX):
-                await fs.link(inode, directory, b"%d" % number)
-            await world.files.write(opened.number, 0, b"unwritten")
-            seen: list[bytes] = []
+    async def main(world: World) -> None:
+        root, fs = world.table.root, world.fs
+        directory = await fs.lookup(root, b"dir")
+        inode, opened = await fs.creation.create(directory, b"0", 0o100644, os.O_RDWR | os.O_CREAT, CALLER)
+        for number in range(1, PATHS_MAX):
+            await fs.link(inode, directory, b"%d" % number)
+        await world.files.write(opened.number, 0, b"unwritten")
+        async with renames_that_hang(world, (root, b"dir", root, b"other")):
+            assert paths_of(inode) == tuple(b"other/%d" % number for number in range(PATHS_MAX))
 
-            def look(*arguments: object) -> None:
-                assert inode.journaled is not None
-                seen.extend(unpack_file(inode.journaled.record.pack()).paths)
-
-            world.backing.rename = look  # type: ignore[method-assign,assignment]
-            await fs.rename(root, b"dir", root, b"other", 0)
-            assert seen == [b"other/%d" % number for number in range(PATHS_MAX)]
-            await world.shut()
-            nursery.cancel_scope.cancel()
-
-    trio.run(main)
+    far_with_journal(tmp_path, main)
 
 
 # what is made far away costs no more than it has to

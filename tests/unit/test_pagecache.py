@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -10,69 +10,12 @@ from hypothesis import strategies as st
 
 from cachefs.cache import leaving, reads, wishes
 from cachefs.cache.figures import statistics_of
-from cachefs.cache.file import CachedFile
 from cachefs.cache.page import GROUP_PAGES, GROUP_SIZE, PAGE_SIZE, SMALL_PAGES
-from cachefs.cache.pagecache import PageCache
-from cachefs.cache.policy import POLICIES, make
+from cachefs.cache.policy import POLICIES
 from cachefs.cache.waits import Busy, Fill, NoRoom, TooDirty
+from checked import Checked, contents
 
 P = PAGE_SIZE
-
-
-class Checked(PageCache):
-    """Checks every invariant when it is asked what it did."""
-
-    def __init__(self, policy: str, pages: int) -> None:
-        self.now = 0.0
-        super().__init__(make(policy, pages), pages, lambda: self.now)
-
-    def file(self, size: int) -> CachedFile:
-        return self.add_file(None, size)  # type: ignore[arg-type]  # the tests are the backing
-
-    def begin(self, file: CachedFile, page: int, count: int = 1, wanted: int | None = None) -> Fill:
-        fill = self.start_fill(file, page, count, count if wanted is None else wanted)
-        self.check_invariants()
-        return fill
-
-    def end(self, fill: Fill, data: bytes | None = None) -> None:
-        data = contents(fill.offset, fill.count * P) if data is None else data
-        fill.view[: len(data)] = data
-        self.finish_fill(fill, len(data))
-        self.check_invariants()
-
-    def bring(self, file: CachedFile, page: int, count: int = 1) -> None:
-        self.end(self.begin(file, page, count))
-
-    def put(self, file: CachedFile, offset: int, data: bytes) -> None:
-        assert not file.pages_to_fill(offset, len(data))
-        self.write(file, offset, data)
-        self.check_invariants()
-
-    def written(self, file: CachedFile) -> None:
-        """All that is dirty goes to the backing."""
-        for index in list(file.dirty_groups):
-            group, mask = file.groups[index], file.groups[index].dirty
-            self.start_writeback(group, mask)
-            self.check_invariants()
-            self.finish_writeback(group, mask, None)
-            self.check_invariants()
-
-    def seen(self, file: CachedFile, offset: int, size: int) -> bytes | None:
-        view = self.lookup(file, offset, size)
-        self.check_invariants()
-        return None if view is None else bytes(view)
-
-
-def contents(offset: int, size: int) -> bytes:
-    """What the backing has: bytes that tell their page."""
-    first = offset // P
-    pages = b"".join(bytes([page % 251 + 1]) * P for page in range(first, (offset + size) // P + 1))
-    return pages[offset - first * P :][:size]
-
-
-@pytest.fixture(params=sorted(POLICIES))
-def make_cache(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Checked]]:
-    yield lambda pages: Checked(request.param, pages)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -382,58 +325,7 @@ def test_a_failed_writeback_leaves_everything_dirty() -> None:
     assert cache.dirty_pages == 2 and not cache.writeback_pages and file.dirty_since == 0.0
 
 
-# --- leaving ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dirty", [False, True])
-@pytest.mark.parametrize("size", [0, 1, P - 1, P, P + 1, 3 * P, 300 * P, 300 * P + 9])
-def test_truncate_down_and_up_again_shows_zeros(dirty: bool, size: int) -> None:
-    cache = Checked("lru", 1000)
-    file = cache.file(0)
-    data = contents(0, 400 * P)
-    cache.put(file, 0, data)
-    if not dirty:
-        cache.written(file)
-    leaving.truncate(cache, file, size)
-    cache.check_invariants()
-    assert file.resident_pages == (size + P - 1) // P
-    assert cache.seen(file, 0, 1 << 20) == data[: min(size, 1 << 20)]
-    leaving.truncate(cache, file, size + 100)
-    cache.check_invariants()
-    tail = size % P
-    if tail:
-        assert cache.seen(file, size - tail, tail + 100 if tail + 100 <= P else P) == (data[size - tail : size] + bytes(100))[:P]
-
-
-def test_discard_leaves_only_what_a_thread_works_on(make_cache: Callable[[int], Checked]) -> None:
-    cache = make_cache(64)
-    file = cache.file(0)
-    cache.put(file, 0, b"x" * 8 * P)
-    group = file.groups[0]
-    cache.start_writeback(group, 0b1111)
-    cache.put(file, 0, b"y")  # redirtied
-    leaving.discard(cache, file)
-    cache.check_invariants()
-    assert group.resident == 0b1111
-    cache.finish_writeback(group, 0b1111, None)
-    cache.check_invariants()
-    assert group.dirty == 1
-    leaving.discard(cache, file)
-    cache.check_invariants()
-    assert not file.groups and not cache.resident_pages and not cache.dirty_pages
-
-
-def test_invalidate_keeps_what_is_unwritten(make_cache: Callable[[int], Checked]) -> None:
-    cache = make_cache(64)
-    file = cache.file(8 * P)
-    cache.bring(file, 0, 8)
-    cache.put(file, 0, b"x" * 2 * P)
-    cache.start_writeback(file.groups[0], 1)
-    assert leaving.invalidate(cache, file) == 6
-    cache.check_invariants()
-    assert file.groups[0].uptodate == 0b11
-    reads.count_request(cache, file, 2 * P, 8 * P)
-    assert cache.misses["invalidated"] == 6
+# --- eviction and slots ----------------------------------------------------------------------------------------------------
 
 
 def test_pages_that_were_evicted_and_come_back_are_refaults(make_cache: Callable[[int], Checked]) -> None:

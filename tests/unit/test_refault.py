@@ -11,7 +11,7 @@ from cachefs.cache.page import GROUP_PAGES, PAGE_SIZE
 from cachefs.cache.refault import QUANTA_PER_CACHE
 from cachefs.savings import Savings
 from cachefs.statistics import DISTANCE_BOUNDS_BYTES
-from test_pagecache import Checked
+from checked import Checked
 
 P = PAGE_SIZE
 

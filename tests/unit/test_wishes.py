@@ -10,7 +10,7 @@ from cachefs.cache.file import CachedFile
 from cachefs.cache.page import GROUP_PAGES, GROUP_SIZE, PAGE_SIZE
 from cachefs.cache.policy import POLICIES, make
 from cachefs.cache.waits import NoRoom
-from test_pagecache import Checked, contents
+from checked import Checked, contents
 
 P = PAGE_SIZE
 ANY_POLICY = pytest.mark.parametrize("policy", sorted(POLICIES))
