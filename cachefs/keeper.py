@@ -14,13 +14,15 @@ from dataclasses import replace
 import trio
 
 from backing.base import Backing
+from cachefs.cache.file import CachedFile
 from cachefs.cache.page import GROUP_PAGES, GROUP_SHIFT, IN_GROUP, PAGE_SHIFT, PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
 from cachefs.inode import Inode, InodeTable, Name
+from cachefs.journal.cover import Masks
 from cachefs.journal.journal import Journal, JournalFile
 from cachefs.journal.records import PATHS_MAX, FileRecord, PagesRecord
 from cachefs.journal.slots import JournalFull
-from cachefs.journal.synced import Synced, rows_of
+from cachefs.journal.synced import Synced
 from cachefs.statistics import JournalStatistics
 
 log = logging.getLogger(__name__)
@@ -49,10 +51,11 @@ class Keeper:
 
     def full(self, nbytes: int) -> bool:
         """Whether so much more may not fit: writers wait for writeback then. It always fits into an empty journal."""
-        journal = self.journal
-        if journal is None or not journal.slots.used:
+        if self.journal is None:
             return False
-        return journal.slots.used + (nbytes >> PAGE_SHIFT) + 2 > journal.slots.count
+        slots = self.journal.slots
+        used = slots.used
+        return used + (nbytes >> PAGE_SHIFT) + 2 > slots.count and used > 0
 
     def wrote(self, inode: Inode, offset: int, nbytes: int) -> bool:
         """The cache has these bytes. False: the journal does not, so they go to the backing before they are acknowledged."""
@@ -61,22 +64,31 @@ class Keeper:
             return True
         try:
             kept = inode.journaled or self._add(journal, inode)
-            record = kept.record
-            before = record.size if kept.cover else inode.st.st_size
-            record.size, record.mtime_ns = file.size, inode.mtime_ns
-            page, stop = offset >> PAGE_SHIFT, (offset + nbytes + PAGE_SIZE - 1) >> PAGE_SHIFT
-            while page < stop:
-                first = page & IN_GROUP
-                count = min(stop - page, GROUP_PAGES - first)
-                start = file.groups[page >> GROUP_SHIFT].base + (first << PAGE_SHIFT)
-                journal.put(kept, page, self._memory[start : start + (count << PAGE_SHIFT)], before, page + count < stop)
-                page += count
+            page, last = offset >> PAGE_SHIFT, (offset + nbytes - 1) >> PAGE_SHIFT
+            if page == last:
+                record = kept.record
+                record.size, record.mtime_ns = file.size, inode.mtime_ns
+                start = file.groups[page >> GROUP_SHIFT].base + ((page & IN_GROUP) << PAGE_SHIFT)
+                journal.put_one(kept, page, self._memory[start : start + PAGE_SIZE])
+            else:
+                self._put(journal, inode, kept, file, page, last + 1)
         except (OSError, JournalFull) as error:
             self.written_through += 1
             self._say_failing(error)
             return False
         self.failing = False
         return True
+
+    def _put(self, journal: Journal, inode: Inode, kept: JournalFile, file: CachedFile, page: int, stop: int) -> None:
+        record = kept.record
+        before = record.size if kept.cover else inode.st.st_size
+        record.size, record.mtime_ns = file.size, inode.mtime_ns
+        while page < stop:
+            first = page & IN_GROUP
+            count = min(stop - page, GROUP_PAGES - first)
+            start = file.groups[page >> GROUP_SHIFT].base + (first << PAGE_SHIFT)
+            journal.put(kept, page, self._memory[start : start + (count << PAGE_SHIFT)], before, page + count < stop)
+            page += count
 
     def _add(self, journal: Journal, inode: Inode) -> JournalFile:
         device, number = inode.key
@@ -122,15 +134,14 @@ class Keeper:
             kept.record.signature = inode.signature
             self._note(self.journal, kept)
 
-    def end(self, inode: Inode, extents: list[tuple[int, int]], last_seq: int) -> None:
-        """The backing has these extents (offset, bytes) as they were at `last_seq`, the result of `begin`."""
+    def end(self, inode: Inode, written: Masks, last_seq: int) -> None:
+        """The backing has these pages as they were at `last_seq`, the result of `begin`."""
         journal, kept = self.journal, inode.journaled
         if journal is None or kept is None:
             return
-        pages = [page for offset, nbytes in extents for page in _pages(offset, nbytes)]
         kept.record.writing, kept.record.cutting = inode.unsure, False
         kept.record.signature = inode.signature
-        self._remove(journal, inode, kept, pages, last_seq)
+        self._remove(journal, inode, kept, written, last_seq)
 
     # --- making durable ------------------------------------------------------------------------------------------------
 
@@ -146,7 +157,7 @@ class Keeper:
                 return False
             if journal is None or synced is None or kept is None:
                 return True
-            record, rows, entries = replace(kept.record, seq=journal.seq), rows_of(kept), set(kept.cover.values())
+            record, entries, rows = replace(kept.record, seq=journal.seq), journal.entries_of(kept), journal.rows_of(kept)
             before = kept.synced
             for entry in entries:
                 entry.synced = True  # its slots stay, whatever becomes of its pages meanwhile
@@ -217,12 +228,12 @@ class Keeper:
             kept.record.size = size
             kept.record.cutting = True
             with self._tolerating():
-                journal.remove(kept, _behind(kept, size), journal.seq, keep=True)
+                journal.remove(kept, kept.cover.masks(_end_page(size)), journal.seq, keep=True)
 
     def trim(self, inode: Inode, size: int) -> None:
         """Pages behind the end that a predecessor left: it ended while it cut them off, or a power cut brought them back."""
         journal, kept = self.journal, inode.journaled
-        if journal is not None and kept is not None and (behind := _behind(kept, size)):
+        if journal is not None and kept is not None and (behind := kept.cover.masks(_end_page(size))):
             with self._tolerating():
                 journal.remove(kept, behind, journal.seq, keep=True)
 
@@ -232,7 +243,7 @@ class Keeper:
         if journal is None or kept is None or file is None:
             return
         kept.record.size = file.size  # and its signature once it was looked at: see `changed`
-        self._remove(journal, inode, kept, _behind(kept, file.size), journal.seq)
+        self._remove(journal, inode, kept, kept.cover.masks(_end_page(file.size)), journal.seq)
         page, tail = divmod(size, PAGE_SIZE)
         if tail and page in kept.cover:  # what lies behind the end must not come back when the file grows
             self.wrote(inode, page << PAGE_SHIFT, 1)
@@ -245,7 +256,7 @@ class Keeper:
             kept.record.size = file.size
             for offset, nbytes in file.dirty_extents():
                 self.wrote(inode, offset, nbytes)
-            self._remove(journal, inode, kept, [], journal.seq)  # has the record say so
+            self._remove(journal, inode, kept, {}, journal.seq)  # has the record say so
 
     def changed(self, inode: Inode) -> None:
         """Its times, or the backing's, are others now, by a change of ours.
@@ -327,13 +338,13 @@ class Keeper:
         """Nobody wants its unwritten data any more: it is gone, or a person gave it up."""
         journal, kept = self.journal, inode.journaled
         if journal is not None and kept is not None:
-            self._remove(journal, inode, kept, list(kept.cover), journal.seq)
+            self._remove(journal, inode, kept, kept.cover.masks(), journal.seq)
 
     def _note(self, journal: Journal, kept: JournalFile) -> None:
         with self._tolerating():
             journal.note(kept)
 
-    def _remove(self, journal: Journal, inode: Inode, kept: JournalFile, pages: list[int], last_seq: int) -> None:
+    def _remove(self, journal: Journal, inode: Inode, kept: JournalFile, pages: Masks, last_seq: int) -> None:
         with self._tolerating():
             journal.remove(kept, pages, last_seq)
         if kept.cover:
@@ -398,7 +409,6 @@ def _pages(offset: int, nbytes: int) -> range:
     return range(offset >> PAGE_SHIFT, (offset + nbytes + PAGE_SIZE - 1) >> PAGE_SHIFT)
 
 
-def _behind(kept: JournalFile, size: int) -> list[int]:
-    """The pages that lie wholly behind `size`."""
-    end_page = (size + PAGE_SIZE - 1) >> PAGE_SHIFT
-    return [page for page in kept.cover if page >= end_page]
+def _end_page(size: int) -> int:
+    """The first page that lies wholly behind `size`."""
+    return (size + PAGE_SIZE - 1) >> PAGE_SHIFT

@@ -368,10 +368,10 @@ class Recovery:
 
     async def _load(self, journal: Journal, inode: Inode, kept: JournalFile) -> None:
         """Makes dirty pages of what the journal has. Where they have no room, some are written back first."""
-        for page, entry in sorted(kept.cover.items()):
+        for page in list(kept.cover):
             offset, file = page << PAGE_SHIFT, inode.file
             assert file is not None
-            data = journal.data.read((entry.slot + page - entry.page, 1))[: max(0, file.size - offset)]
+            data = journal.data.read((kept.cover.slot(page), 1))[: max(0, file.size - offset)]
             while data:
                 try:
                     self.stack.cache.write(file, offset, data)

@@ -267,8 +267,7 @@ class Writeback:
             done, error = await file.source.write([(offset, buffers) for offset, buffers, _ in batch])
         finally:
             del self._oldest[inode]
-            written = [(offset, sum(map(len, buffers))) for offset, buffers, _ in batch[:done]]
-            self.keeper.end(inode, written, last_seq)
+            self.keeper.end(inode, _masks(batch[:done]), last_seq)
             for i, (_, _, pages) in enumerate(batch):
                 for group, mask in pages:
                     self.cache.finish_writeback(group, mask, None if i < done else since)
@@ -369,6 +368,15 @@ class Writeback:
             retries=self.retries,
             throttle_seconds=self.throttle_seconds,
         )
+
+
+def _masks(batch: Batch) -> dict[int, int]:
+    """{group index: mask} of its pages."""
+    masks: dict[int, int] = {}
+    for _, _, pages in batch:
+        for group, mask in pages:
+            masks[group.index] = masks.get(group.index, 0) | mask
+    return masks
 
 
 def _append(batch: Batch, offset: int, view: memoryview, group: Group, mask: int) -> None:

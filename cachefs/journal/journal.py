@@ -1,7 +1,7 @@
 """The journal of one mount: what programs have written and the backing has not, kept where a dead daemon does not take it along.
 
 `Journal` knows files and pages, no inodes and no paths but those it is told to write down. For each file it keeps which
-of its entries has the latest bytes of each page (`cover`). An entry is a run of pages that one write put into slots, with a
+of its entries has the latest bytes of each page (`cover.py`). An entry is a run of pages that one write put into slots, with a
 row that says so; it goes when none of its pages is the latest any more: each was written to again, written back, or cut
 off. So the slots in use are bounded by what is unwritten, and a journal that is read anew gives exactly the unwritten pages.
 """
@@ -10,32 +10,19 @@ import contextlib
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
-from cachefs.cache.page import FIRST, PAGE_SHIFT, PAGE_SIZE
+from cachefs.cache.page import FIRST, GROUP_SHIFT, IN_GROUP, PAGE_SHIFT, PAGE_SIZE, runs
+from cachefs.journal.cover import Cover, Entry, Lost, Masks
 from cachefs.journal.index import VERSION, Index, Key, Row
-from cachefs.journal.records import FileRecord, PagesRecord, checksum, pack_file, pack_pages
-from cachefs.journal.rows import Rows, rows_in
+from cachefs.journal.records import PAGES_BYTES, FileRecord, PagesRecord, checksum, pack_file, pack_pages
+from cachefs.journal.rows import NOTHING, ROW_BYTES, Rows, rows_in
 from cachefs.journal.setaside import sync_directory
 from cachefs.journal.slots import JournalFull, SlotFile, SlotMap
 
 INDEX_FILE, ROWS_FILE, DATA_FILE, SYNCED_FILE = "index.mdb", "rows", "data", "synced.mdb"
 ONE_LIVE = (1).to_bytes(32, "little")
 key_of = struct.Struct(">Q").pack
-
-
-class Entry:
-    """Pages in slots. `live` is a mask of those of which it has the latest bytes; `synced`: the durable index names it too."""
-
-    __slots__ = ("checksum", "count", "live", "page", "seq", "slot", "synced")
-
-    def __init__(self, seq: int, page: int, slot: int, count: int, data_checksum: int) -> None:
-        self.seq = seq
-        self.page = page
-        self.slot = slot
-        self.count = count
-        self.live = FIRST[count]
-        self.checksum = data_checksum
-        self.synced = False
 
 
 class JournalFile:
@@ -46,7 +33,7 @@ class JournalFile:
     def __init__(self, record: FileRecord) -> None:
         self.record = record
         self.tail = record.tail()
-        self.cover: dict[int, Entry] = {}  # {page: the entry with its latest bytes}
+        self.cover = Cover()
         self.stale: set[Entry] = set()  # live, but of fewer pages than their rows say
         self.synced: set[Entry] = set()  # what the durable index names
 
@@ -86,7 +73,7 @@ class Journal:
         self.index = Index(being_made, self.slots.count)
         for record, pages in left:
             self._adopt(record, pages)
-        known = {entry.slot for file in self.files.values() for entry in file.cover.values()}
+        known = {entry.slot for file in self.files.values() for entry in file.cover.entries()}
         for row in rows_in(os.path.join(directory, ROWS_FILE)):
             if row.slot not in known:
                 self.rows.clear(row.slot)
@@ -104,10 +91,8 @@ class Journal:
         record.file = self._last_file
         return JournalFile(record)
 
-    def put(
-        self, file: JournalFile, page: int, data: memoryview, size_before: int | None = None, more: bool = False
-    ) -> None:
-        """Writes down whole pages from `page` on, 256 at most, with the file's size and time. They survive us from then on.
+    def put(self, file: JournalFile, page: int, data: memoryview, size_before: int | None = None, more: bool = False) -> None:
+        """Writes down whole pages of one group, from `page` on, with the file's size and time. They survive us from then on.
 
         `more` of the same write follow, which began when the file had `size_before` bytes (None: no fewer than now). Where that
         takes several rows, each but the last says no more than what is written down by then (`_grown`).
@@ -115,11 +100,11 @@ class Journal:
         count, size = len(data) >> PAGE_SHIFT, file.record.size
         last = _grown(size, size_before, page + count) if more else size
         if count == 1:
-            self._put_one(file, page, data, last)
+            self._put_first(file, page, data, last)
         elif count == 2 and file.cover and self.slots.used + 2 <= self.slots.count:
             # As appends have it. A run of two would cost half as much again.
-            self._put_one(file, page, data[:PAGE_SIZE], _grown(size, size_before, page + 1))
-            self._put_one(file, page + 1, data[PAGE_SIZE:], last)
+            self._put_first(file, page, data[:PAGE_SIZE], _grown(size, size_before, page + 1))
+            self._put_first(file, page + 1, data[PAGE_SIZE:], last)
         else:
             self._put_runs(file, page, data, size_before, last)
 
@@ -137,15 +122,42 @@ class Journal:
         at = 0
         for slot, count in runs:
             stop = at + (count << PAGE_SHIFT)
-            self.seq += 1
-            entry = Entry(self.seq, page + (at >> PAGE_SHIFT), slot, count, checksum(data[at:stop]))
-            size = _grown(file.record.size, size_before, entry.page + count) if stop < len(data) else last
-            self.rows.set(slot, self._row(file, entry, size))
-            self._supersede(file, entry)
+            size = _grown(file.record.size, size_before, page + (stop >> PAGE_SHIFT)) if stop < len(data) else last
+            self._written(file, page + (at >> PAGE_SHIFT), data[at:stop], slot, size)
             at = stop
 
-    def _put_one(self, file: JournalFile, page: int, data: memoryview, size: int) -> None:
-        """`put` of one page: most writes, so through a mapping, and with no call that can be spared."""
+    def _written(self, file: JournalFile, page: int, data: memoryview, slot: int, size: int) -> None:
+        """The pages are in slots from `slot` on: says so."""
+        self.seq = seq = self.seq + 1
+        count, record = len(data) >> PAGE_SHIFT, file.record
+        live = ONE_LIVE if count == 1 else FIRST[count].to_bytes(32, "little")
+        row = pack_pages(seq, record.file, page, slot, count, checksum(data), size, record.mtime_ns, live)
+        self.rows.set(slot, row)
+        if count == 1:
+            self._lost(file, file.cover.put_alone(page, slot))
+        else:
+            self._lost(file, file.cover.put(Entry(seq, page, slot, count), page, count))
+
+    def put_one(self, file: JournalFile, page: int, data: memoryview) -> None:
+        """`put` of one page, which is a whole write: most are.
+
+        If it was written before, it goes into the slot that the last such write left, with few calls.
+        """
+        record, slots, alone, i = file.record, self.slots, file.cover.alone.get(page >> GROUP_SHIFT), page & IN_GROUP
+        if alone is None or i >= len(alone) or (old := alone[i]) < 0 or not 0 <= (slot := slots.spare) < self.data.used:
+            self._put_first(file, page, data, record.size)
+            return
+        start = slot << PAGE_SHIFT
+        self.data.map[start : start + PAGE_SIZE] = data
+        self.seq = seq = self.seq + 1
+        row = pack_pages(seq, record.file, page, slot, 1, checksum(data), record.size, record.mtime_ns, ONE_LIVE)
+        rows, start = self.rows.map, slot * ROW_BYTES
+        rows[start : start + PAGES_BYTES] = row
+        start = old * ROW_BYTES
+        rows[start : start + len(NOTHING)] = NOTHING  # not before the new one is there
+        slots.spare, alone[i] = old, slot
+
+    def _put_first(self, file: JournalFile, page: int, data: memoryview, size: int) -> None:
         slot = self.slots.take_one()
         try:
             if slot >= self.data.reserved:
@@ -156,20 +168,7 @@ class Journal:
         except BaseException:
             self.slots.give_one(slot)
             raise
-        self.seq = seq = self.seq + 1
-        digest, record, cover = checksum(data), file.record, file.cover
-        self.rows.set(
-            slot, pack_pages(seq, record.file, page, slot, 1, digest, size, record.mtime_ns, ONE_LIVE)
-        )
-        old = cover.get(page)
-        if old is not None and old.count == 1 and not old.synced:
-            self.rows.clear(old.slot)
-            self.slots.give_one(old.slot)
-            old.seq, old.slot, old.checksum = seq, slot, digest
-            return
-        cover[page] = Entry(seq, page, slot, 1, digest)
-        if old is not None:
-            self._lose(file, old, page)
+        self._written(file, page, data, slot, size)
 
     def _begin(self, file: JournalFile) -> None:
         """The record, right before the first row: without pages it would be taken for a truncate that has to be completed."""
@@ -182,43 +181,38 @@ class Journal:
         if slots > self.data.reserved:
             self.rows.reserve(self.data.reserve(slots))
 
-    def _row(self, file: JournalFile, entry: Entry, size: int) -> bytes:
-        record, live = file.record, entry.live.to_bytes(32, "little")
-        return pack_pages(
-            entry.seq, record.file, entry.page, entry.slot, entry.count, entry.checksum, size, record.mtime_ns, live
-        )
-
     def _file_row(self, file: JournalFile) -> list[Row]:
         return [(self.index.files, key_of(file.record.file), pack_file(file.record, file.tail))]
 
-    def _supersede(self, file: JournalFile, entry: Entry) -> None:
-        """`entry` has the latest bytes of its pages from now on."""
-        cover = file.cover
-        for page in range(entry.page, entry.page + entry.count):
-            old = cover.get(page)
-            cover[page] = entry
-            if old is not None:
-                self._lose(file, old, page)
+    def _lost(self, file: JournalFile, lost: Lost) -> None:
+        """Pages that were held so are not any more.
 
-    def _lose(self, file: JournalFile, entry: Entry, page: int) -> None:
-        """The entry does not have the latest bytes of this page any more.
-
-        A newer entry has, and says so by its number; before that one goes, `remove` refreshes the rows of older ones.
+        What holds them now says so by its number; before that goes, `remove` refreshes the rows of older entries.
         """
-        if entry.count > 1:
-            entry.live &= ~(1 << (page - entry.page))
+        entries, slots = lost
+        for slot in slots:
+            self.rows.clear(slot)
+            self.slots.give_one(slot)
+        for entry in entries:
             if entry.live:
                 file.stale.add(entry)
-                return
+                continue
             file.stale.discard(entry)
-        entry.live = 0
-        self.rows.clear(entry.slot)
-        if entry.synced:
-            return
-        if entry.count == 1:
-            self.slots.give_one(entry.slot)
-        else:
-            self.slots.give((entry.slot, entry.count))
+            self.rows.clear(entry.slot)
+            if not entry.synced:
+                self.slots.give((entry.slot, entry.count))
+
+    def entries_of(self, file: JournalFile) -> set[Entry]:
+        """All its pages as entries, for the durable index to name."""
+        file.cover.join(self.rows.seq)
+        return set(file.cover.entries())
+
+    def rows_of(self, file: JournalFile) -> list[PagesRecord]:
+        """What a successor would find of its pages now, with its size and time."""
+        live = {entry.slot: entry.live for entry in file.cover.entries()}
+        live |= dict.fromkeys(file.cover.slots_alone(), 1)
+        size, mtime_ns = file.record.size, file.record.mtime_ns
+        return [replace(self.rows.get(slot), size=size, mtime_ns=mtime_ns, live=live[slot]) for slot in live]
 
     def note(self, file: JournalFile) -> None:
         """Writes down the file's record, which the caller has changed; nothing for a file without pages here."""
@@ -256,15 +250,14 @@ class Journal:
 
     # --- letting go --------------------------------------------------------------------------------------------------
 
-    def remove(self, file: JournalFile, pages: Iterable[int], last_seq: int, keep: bool = False) -> None:
+    def remove(self, file: JournalFile, masks: Masks, last_seq: int, keep: bool = False) -> None:
         """The backing has these pages as they were when `last_seq` was the last record. With its last page the file goes.
 
         With `keep` its record stays until a `remove` without. The record is written first, or goes first: what it says of
         size and signature holds whether the rows are gone or not, and rows without a record count for nothing.
         """
-        cover = file.cover
-        going = {page for page in pages if (entry := cover.get(page)) is not None and entry.seq <= last_seq}
-        gone = len(going) == len(cover) and not keep
+        going = file.cover.no_later(masks, last_seq, self.rows.seq)
+        gone = sum(map(int.bit_count, going.values())) == file.cover.pages and not keep
         self.seq += 1
         file.record.seq = self.seq
         self._unnoted.pop(file, None)
@@ -276,8 +269,8 @@ class Journal:
                 self._commit(self._noted_row(file))
         finally:  # a record that could not be written costs a comparison with an old signature, no more
             self._refresh(file)
-            for page in going:
-                self._lose(file, cover.pop(page), page)
+            for index, mask in going.items():
+                self._lost(file, file.cover.take(index, mask))
             self._refresh(file)
 
     def _refresh(self, file: JournalFile) -> None:
@@ -299,21 +292,22 @@ class Journal:
     def _adopt(self, record: FileRecord, pages: Iterable[PagesRecord]) -> None:
         """Takes in what was found of a file: of two rows for a page the later counts."""
         file = JournalFile(record)
-        owners: dict[int, int] = {}  # {slot: the file that its row names}
+        rows: dict[Entry, PagesRecord] = {}
         for found in sorted(pages, key=lambda found: found.seq):
-            entry = Entry(found.seq, found.page, found.slot, found.count, found.checksum)
-            entry.live = 0
-            owners[found.slot] = found.file
-            file.cover.update(dict.fromkeys(found.pages, entry))
+            entry = Entry(found.seq, found.page, found.slot, found.count)
+            entry.live, rows[entry] = found.live, found
+            for first, count in runs(found.live):
+                file.cover.put(entry, found.page + first, count)
             self.seq = max(self.seq, found.seq)
-        for page, entry in file.cover.items():
-            entry.live |= 1 << (page - entry.page)
-        for entry in set(file.cover.values()):
+        for entry in file.cover.entries():
             self.slots.claim((entry.slot, entry.count))
-            if owners[entry.slot] == record.file:
+            if rows[entry].file == record.file and self.rows.has(rows[entry]):
                 self.rows.set_live(entry.slot, entry.live)
-            else:
-                self.rows.set(entry.slot, self._row(file, entry, record.size))
+            else:  # of another file that turned out to be this one, or not written to the disk before a power cut
+                self.rows.reserve(entry.slot + 1)
+                size, mtime_ns = record.size, record.mtime_ns
+                row = replace(rows[entry], file=record.file, size=size, mtime_ns=mtime_ns, live=entry.live)
+                self.rows.set(entry.slot, row.pack())
         self.seq = max(self.seq, record.seq)
         self._last_file = max(self._last_file, record.file)
         self.files[record.file] = file
@@ -341,16 +335,16 @@ class Journal:
     def check(self) -> None:
         """Asserts that covers, masks and slots agree."""
         self.slots.check()
-        taken = runs = 0
+        taken = runs_taken = 0
         for file in self.files.values():
-            entries = set(file.cover.values())
-            for entry in entries:
-                live = [page for page in range(entry.page, entry.page + entry.count) if file.cover.get(page) is entry]
-                assert entry.live == sum(1 << (page - entry.page) for page in live), "live pages miscounted"
-            taken += sum(entry.count for entry in entries | file.synced)
-            runs += len(entries | file.synced)
+            file.cover.check()
+            entries, alone = {*file.cover.entries(), *file.synced}, file.cover.slots_alone()
+            taken += sum(entry.count for entry in entries) + len(alone)
+            runs_taken += len(entries) + len(alone)
+            for row in map(self.rows.get, alone):
+                assert row.file == file.record.file and file.cover.slot(row.page) == row.slot, "another row"
         assert taken <= self.slots.used, "slots that nobody took"
-        assert runs <= self.slots.runs, "entries miscounted"
+        assert runs_taken <= self.slots.runs, "entries miscounted"
 
 
 def _grown(size: int, size_before: int | None, end_page: int) -> int:

@@ -12,6 +12,7 @@ import xxhash
 
 FILE_MARK, PAGES_MARK = b"cfF1", b"cfP1"
 _PAGES = struct.Struct("<4sIQQQQQQq")
+PAGES_SEQ, PAGES_SEQ_AT = struct.Struct("<Q"), 8  # where its number lies
 _FILE = struct.Struct("<4sQQQQQqqQqBBBH")
 _CHECKSUM = struct.Struct("<Q")
 _LENGTH = struct.Struct("<H")

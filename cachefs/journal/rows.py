@@ -8,22 +8,32 @@ fails its checksum; that write had not returned.
 import mmap
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
-from cachefs.journal.records import PAGES_BYTES, PAGES_LIVE, PAGES_MARK, BadRecord, PagesRecord, unpack_pages
+from cachefs.journal.records import (
+    PAGES_BYTES,
+    PAGES_LIVE,
+    PAGES_MARK,
+    PAGES_SEQ,
+    PAGES_SEQ_AT,
+    BadRecord,
+    PagesRecord,
+    unpack_pages,
+)
 
 ROW_BYTES = 128
-_NOTHING = bytes(len(PAGES_MARK))
+NOTHING = bytes(len(PAGES_MARK))
 
 
 class Rows:
-    """Rows of `slots` slots, of which the disk has set room aside for the first `reserve`d ones."""
+    """Rows of `slots` slots, of which the disk has set room aside for the first `reserve`d ones. `map` has their bytes."""
 
     def __init__(self, path: str, slots: int) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         nbytes = max(slots, 1) * ROW_BYTES
         if os.fstat(self.fd).st_size < nbytes:
             os.ftruncate(self.fd, nbytes)
-        self._map = mmap.mmap(self.fd, nbytes)
+        self.map = mmap.mmap(self.fd, nbytes)
 
     def reserve(self, slots: int) -> None:
         """Has the disk set room aside: a store into a mapped page that the disk cannot hold would kill the process."""
@@ -32,20 +42,36 @@ class Rows:
     def set(self, slot: int, row: bytes) -> None:
         """Writes the row of a slot that had none."""
         at = slot * ROW_BYTES
-        self._map[at : at + PAGES_BYTES] = row
+        self.map[at : at + PAGES_BYTES] = row
+
+    def get(self, slot: int) -> PagesRecord:
+        """The row of a slot; BadRecord where there is none."""
+        at = slot * ROW_BYTES
+        return unpack_pages(self.map[at : at + PAGES_BYTES])
+
+    def has(self, row: PagesRecord) -> bool:
+        """Whether this row is there, whatever it says of what counts."""
+        try:
+            return replace(self.get(row.slot), live=row.live) == row
+        except BadRecord:
+            return False
+
+    def seq(self, slot: int) -> int:
+        """The number of the row of a slot that has one."""
+        return PAGES_SEQ.unpack_from(self.map, slot * ROW_BYTES + PAGES_SEQ_AT)[0]  # type: ignore[no-any-return]
 
     def set_live(self, slot: int, live: int) -> None:
         """Says of a row which of its pages count, fewer than before."""
         at = slot * ROW_BYTES + PAGES_LIVE
-        self._map[at : at + 32] = live.to_bytes(32, "little")
+        self.map[at : at + 32] = live.to_bytes(32, "little")
 
     def clear(self, slot: int) -> None:
         """The row means nothing any more."""
         at = slot * ROW_BYTES
-        self._map[at : at + len(_NOTHING)] = _NOTHING
+        self.map[at : at + len(NOTHING)] = NOTHING
 
     def close(self) -> None:
-        self._map.close()
+        self.map.close()
         os.close(self.fd)
 
 

@@ -30,7 +30,7 @@ class SlotMap:
         whole, rest = divmod(count, GROUP_PAGES)
         self._free = [ALL] * whole + ([FIRST[rest]] if rest else [])
         self._lowest = 0  # no segment below has a free slot
-        self._spare = -1  # a free slot that its segment does not show: a page that is written again leaves the next one's
+        self.spare = -1  # a free slot that its segment does not show: a page that is written again leaves the next one's
 
     def take(self, count: int) -> list[Run]:
         """`count` slots (256 at most), in as few runs as can be; JournalFull where there are not so many."""
@@ -49,8 +49,8 @@ class SlotMap:
             raise JournalFull
         self.used += 1
         self.runs += 1
-        if (spare := self._spare) >= 0:
-            self._spare = -1
+        if (spare := self.spare) >= 0:
+            self.spare = -1
             return spare
         free = self._free
         while not (mask := free[self._lowest]):
@@ -92,21 +92,21 @@ class SlotMap:
 
     def give_one(self, slot: int) -> None:
         self._show_spare()
-        self._spare = slot
+        self.spare = slot
         self.used -= 1
         self.runs -= 1
 
     def _show_spare(self) -> None:
-        if (slot := self._spare) >= 0:
-            self._spare = -1
+        if (slot := self.spare) >= 0:
+            self.spare = -1
             self._free[slot >> GROUP_SHIFT] |= 1 << (slot & GROUP_PAGES - 1)
             self._lowest = min(self._lowest, slot >> GROUP_SHIFT)
 
     def check(self) -> None:
         """Asserts that the count is that of the masks."""
-        free = sum(mask.bit_count() for mask in self._free) + (self._spare >= 0)
+        free = sum(mask.bit_count() for mask in self._free) + (self.spare >= 0)
         assert self.used == self.count - free, "slots miscounted"
-        assert self._spare < 0 or not self._free[self._spare >> GROUP_SHIFT] >> (self._spare & GROUP_PAGES - 1) & 1
+        assert self.spare < 0 or not self._free[self.spare >> GROUP_SHIFT] >> (self.spare & GROUP_PAGES - 1) & 1
         assert not any(self._free[: self._lowest]), "a free slot below the lowest"
 
 
@@ -124,41 +124,41 @@ def first_run(mask: int, count: int) -> int:
 
 class SlotFile:
     """The file behind the slots. Whatever becomes of us, the kernel has what was written: single pages through a shared
-    mapping, which costs a fifth of a pwrite; longer runs, and the first page in a slot, by pwrite, which takes no fault.
+    mapping (`map`), which costs a fifth of a pwrite; longer runs, and the first page in a slot, by pwrite, which takes no fault.
     """
 
     def __init__(self, path: str, slots: int) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self.reserved = 0  # slots that the disk has set room aside for, and that are mapped
         self._slots = slots
-        self._map = mmap.mmap(-1, PAGE_SIZE)
-        self._used = 0  # no slot from here on was written to yet
+        self.map = mmap.mmap(-1, PAGE_SIZE)
+        self.used = 0  # no slot from here on was written to yet; those before are reserved
 
     def reserve(self, slots: int) -> int:
         """Has the disk set room aside for so many, or some more: a store into a mapped page without would kill the process."""
         wanted = min(self._slots, -(-slots // RESERVE_SLOTS) * RESERVE_SLOTS)
         os.posix_fallocate(self.fd, 0, wanted << PAGE_SHIFT)
-        self._map.close()
-        self._map = mmap.mmap(self.fd, wanted << PAGE_SHIFT)
-        self._map.madvise(mmap.MADV_RANDOM)
+        self.map.close()
+        self.map = mmap.mmap(self.fd, wanted << PAGE_SHIFT)
+        self.map.madvise(mmap.MADV_RANDOM)
         self.reserved = wanted
         return wanted
 
     def write_one(self, slot: int, data: memoryview) -> None:
         """Writes one page into a slot that is reserved; OSError where the disk takes less."""
-        start = slot << PAGE_SHIFT
-        if slot < self._used:
-            self._map[start : start + PAGE_SIZE] = data
+        if slot < self.used:
+            start = slot << PAGE_SHIFT
+            self.map[start : start + PAGE_SIZE] = data
         else:  # for the first time: a pwrite costs less than the fault would. Later ones could cost more, see docs/decisions.md
-            if os.pwrite(self.fd, data, start) != PAGE_SIZE:
+            if os.pwrite(self.fd, data, slot << PAGE_SHIFT) != PAGE_SIZE:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._used = slot + 1
+            self.used = slot + 1
 
     def write(self, runs: Sequence[Run], data: memoryview) -> None:
         """Writes pages into `runs` one after the other; OSError where the disk takes less."""
         at = 0
         for slot, count in runs:
-            self._used = max(self._used, slot + count)
+            self.used = max(self.used, slot + count)
             offset, stop = slot << PAGE_SHIFT, at + (count << PAGE_SHIFT)
             while at < stop:
                 nbytes = os.pwrite(self.fd, data[at:stop], offset)
@@ -173,5 +173,5 @@ class SlotFile:
         os.fdatasync(self.fd)
 
     def close(self) -> None:
-        self._map.close()
+        self.map.close()
         os.close(self.fd)

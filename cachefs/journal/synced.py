@@ -7,7 +7,7 @@ syncs. A file's rows are replaced as a whole by each fsync, so what a row names 
 from collections.abc import Iterable, Sequence
 
 from cachefs.journal.index import Index, Key, Row
-from cachefs.journal.journal import JournalFile, key_of
+from cachefs.journal.journal import key_of
 from cachefs.journal.records import FileRecord, PagesRecord
 
 
@@ -43,14 +43,3 @@ class Synced:
 
     def close(self) -> None:
         self.index.close()
-
-
-def rows_of(file: JournalFile) -> list[PagesRecord]:
-    """What the index is to have of a file now."""
-    record = file.record
-    return [
-        PagesRecord(
-            entry.seq, record.file, entry.page, entry.slot, entry.count, entry.checksum, record.size, record.mtime_ns, entry.live
-        )
-        for entry in set(file.cover.values())
-    ]

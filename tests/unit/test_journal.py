@@ -2,15 +2,17 @@
 
 import contextlib
 import errno
+import mmap
 import os
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachefs.cache.page import PAGE_SIZE
+from cachefs.cache.page import GROUP_PAGES, GROUP_SHIFT, IN_GROUP, PAGE_SIZE
 from cachefs.journal.journal import DATA_FILE, INDEX_FILE, ROWS_FILE, SYNCED_FILE, Journal, JournalFile
 from cachefs.journal.load import Found, load, read
 from cachefs.journal.records import (
@@ -26,7 +28,7 @@ from cachefs.journal.records import (
 )
 from cachefs.journal.rows import ROW_BYTES, rows_in
 from cachefs.journal.slots import JournalFull, SlotMap, first_run
-from cachefs.journal.synced import Synced, rows_of
+from cachefs.journal.synced import Synced
 
 P = PAGE_SIZE
 
@@ -37,6 +39,14 @@ def a_record(number: int = 7, path: bytes = b"some/file") -> FileRecord:
 
 def page(byte: int, pages: int = 1) -> memoryview:
     return memoryview(bytes([byte]) * (P * pages))
+
+
+def masks(pages: Iterable[int]) -> dict[int, int]:
+    """Pages by group, as `Journal.remove` wants them."""
+    found: dict[int, int] = {}
+    for at in pages:
+        found[at >> GROUP_SHIFT] = found.get(at >> GROUP_SHIFT, 0) | 1 << (at & IN_GROUP)
+    return found
 
 
 @pytest.fixture
@@ -165,10 +175,10 @@ def test_what_was_removed_is_not_found_and_an_emptied_file_neither(journal: Jour
     journal.put(file, 0, page(1, 4))
     seq = journal.seq
     journal.put(file, 2, page(9))
-    journal.remove(file, range(4), seq)
+    journal.remove(file, masks(range(4)), seq)
     assert {at: data[0] for at, data in bytes_of(journal, left_by(journal), 1).items()} == {2: 9}
     assert list(file.cover) == [2]
-    journal.remove(file, [2], journal.seq)
+    journal.remove(file, masks([2]), journal.seq)
     found = left_by(journal)
     assert not found.files and not found.pages and not journal.slots.used
 
@@ -178,7 +188,7 @@ def test_pages_written_to_again_while_they_are_written_back_stay(journal: Journa
     journal.put(file, 0, page(1, 2))
     before = journal.seq
     journal.put(file, 1, page(2))
-    journal.remove(file, [0, 1], before)
+    journal.remove(file, masks([0, 1]), before)
     assert list(file.cover) == [1]
 
 
@@ -186,9 +196,9 @@ def test_a_page_that_was_removed_does_not_come_back_with_an_older_entry_that_liv
     file = journal.add(a_record())
     journal.put(file, 0, page(1, 3))
     journal.put(file, 0, page(2))
-    journal.remove(file, [0], journal.seq)
+    journal.remove(file, masks([0]), journal.seq)
     assert set(bytes_of(journal, left_by(journal), 1)) == {1, 2}
-    journal.remove(file, [2], journal.seq)
+    journal.remove(file, masks([2]), journal.seq)
     assert set(bytes_of(journal, left_by(journal), 1)) == {1}
 
 
@@ -223,7 +233,7 @@ def test_a_disk_that_takes_no_more_changes_nothing(journal: Journal, monkeypatch
 def test_a_journal_with_nothing_in_it_leaves_no_files(journal: Journal, tmp_path: Path) -> None:
     file = journal.add(a_record())
     journal.put(file, 0, page(1))
-    journal.remove(file, [0], journal.seq)
+    journal.remove(file, masks([0]), journal.seq)
     journal.close()
     assert os.listdir(tmp_path) == []
 
@@ -253,11 +263,25 @@ def test_an_index_that_is_not_to_be_built_upon_is_replaced_by_a_whole_new_one(jo
     index.write_bytes(b"\xa5" * index.stat().st_size)
     with pytest.raises(OSError):
         Journal(os.fspath(tmp_path), 1 << 20, {})
-    successor = Journal(os.fspath(tmp_path), 1 << 20, {}, [(kept.record, rows_of(kept))], anew=True)
+    successor = Journal(os.fspath(tmp_path), 1 << 20, {}, [(kept.record, journal.rows_of(kept))], anew=True)
     assert set(successor.files[kept.record.file].cover) == {3}
     successor.index.close()
     found = load(os.fspath(index))
     assert found is not None and not found.doubtful and list(found.files) == [kept.record.file]
+
+
+def test_rows_that_a_power_cut_took_are_written_again_from_the_durable_index(journal: Journal) -> None:
+    """Else a kill before the replay is done would find nothing of them, and a later fsync no checksum."""
+    file = journal.add(a_record())
+    journal.put(file, 0, page(1, 3))
+    journal.put_one(file, 9, page(2))
+    left, expected = (file.record, journal.rows_of(file)), bytes_of(journal, left_by(journal), 1)
+    shut(journal)
+    Path(journal.directory, ROWS_FILE).unlink()
+    successor = Journal(journal.directory, 64 * P, {}, [left])
+    assert bytes_of(successor, left_by(successor), 1) == expected
+    assert sorted(successor.rows_of(successor.files[1]), key=lambda row: row.seq) == sorted(left[1], key=lambda row: row.seq)
+    shut(successor)
 
 
 @settings(max_examples=60, deadline=None)
@@ -271,15 +295,24 @@ def test_random_puts_and_removes_leave_what_a_dict_has(tmp_path_factory: pytest.
         file = rng.choice(files)
         kept = model[file.record.file]
         if rng.random() < 0.7:
-            at, count = rng.randrange(300), rng.choice((1, 1, 1, 2, 7, 60, 256))
+            at = rng.randrange(300)
+            count = min(rng.choice((1, 1, 1, 2, 7, 60, 256)), GROUP_PAGES - at % GROUP_PAGES)
             try:
-                journal.put(file, at, page(byte, count))
+                if count == 1 and rng.random() < 0.8:
+                    journal.put_one(file, at, page(byte))
+                else:
+                    journal.put(file, at, page(byte, count))
             except JournalFull:
                 continue
             kept.update(dict.fromkeys(range(at, at + count), byte))
+        elif rng.random() < 0.2:
+            journal.unsync(file, list(file.synced))
+            file.synced = journal.entries_of(file)
+            for entry in file.synced:
+                entry.synced = True
         else:
             going = rng.sample(sorted(kept), rng.randrange(len(kept) + 1))
-            journal.remove(file, going, journal.seq)
+            journal.remove(file, masks(going), journal.seq)
             for at in going:
                 del kept[at]
         journal.check()
@@ -359,9 +392,9 @@ def test_the_durable_index_has_what_was_synced_last(journal: Journal, tmp_path: 
     path = str(tmp_path / "synced.mdb")
     synced, file = Synced(path, 64), journal.add(a_record())
     journal.put(file, 0, page(1, 3))
-    synced.store(file.record, rows_of(file))
+    synced.store(file.record, journal.rows_of(file))
     journal.put(file, 1, page(2))
-    synced.store(file.record, rows_of(file))
+    synced.store(file.record, journal.rows_of(file))
     synced.close()
     found = load(path)
     assert found is not None
@@ -378,9 +411,9 @@ def test_regression_a_close_that_is_cut_off_leaves_no_durable_index_alone(
     file = journal.add(a_record())
     journal.put(file, 0, page(1))
     synced = Synced(str(tmp_path / SYNCED_FILE), 64)
-    synced.store(file.record, rows_of(file))
+    synced.store(file.record, journal.rows_of(file))
     synced.close()
-    journal.remove(file, [0], journal.seq)
+    journal.remove(file, masks([0]), journal.seq)
     unlink, left = os.unlink, removed
 
     def cut_off(path: str) -> None:
@@ -401,13 +434,13 @@ def test_regression_a_close_that_is_cut_off_leaves_no_durable_index_alone(
 def test_slots_that_the_durable_index_names_are_not_used_again(journal: Journal) -> None:
     file = journal.add(a_record())
     journal.put(file, 0, page(1))
-    (entry,) = file.cover.values()
+    (entry,) = journal.entries_of(file)
     entry.synced = True
     file.synced = {entry}
     journal.put(file, 0, page(2))
-    journal.remove(file, [0], journal.seq)
+    journal.remove(file, masks([0]), journal.seq)
     assert journal.slots.used == 1
-    assert checksum(journal.data.read((entry.slot, entry.count))) == entry.checksum
+    assert journal.data.read((entry.slot, entry.count)) == bytes(page(1))
     journal.unsync(file, {entry})
     assert not journal.slots.used
 
@@ -425,10 +458,10 @@ def test_regression_a_file_that_could_not_be_deleted_and_came_back_is_not_delete
     with monkeypatch.context() as patched:
         patched.setattr(journal.index, "commit", full)
         with pytest.raises(OSError):
-            journal.remove(file, [0], journal.seq)
+            journal.remove(file, masks([0]), journal.seq)
     journal.put(file, 0, page(2))
     assert bytes_of(journal, left_by(journal), 1)[0][0] == 2 and list(left_by(journal).files) == [1]
-    journal.remove(file, [0], journal.seq)
+    journal.remove(file, masks([0]), journal.seq)
     assert not left_by(journal).files
 
 
@@ -440,7 +473,7 @@ def test_a_page_that_is_written_to_while_it_is_written_back_stays(journal: Journ
     journal.put(file, 0, page(1))
     before = journal.seq
     journal.put(file, 0, page(2))
-    journal.remove(file, [0], before)
+    journal.remove(file, masks([0]), before)
     assert bytes_of(journal, left_by(journal), 1) == {0: bytes(page(2))}
     shut(journal)
 
@@ -449,7 +482,7 @@ def test_the_entry_of_a_page_that_was_written_to_again_has_the_checksum_of_its_b
     file = journal.add(a_record())
     for byte in (1, 2):
         journal.put(file, 0, page(byte))
-    (row,) = rows_of(file)
+    (row,) = journal.rows_of(file)
     assert row.checksum == checksum(journal.data.read((row.slot, 1)))
     shut(journal)
 
@@ -457,12 +490,54 @@ def test_the_entry_of_a_page_that_was_written_to_again_has_the_checksum_of_its_b
 def test_what_the_durable_index_names_is_not_written_over(journal: Journal) -> None:
     file = journal.add(a_record())
     journal.put(file, 0, page(1))
-    (row,), file.synced = rows_of(file), set(file.cover.values())
+    (row,), file.synced = journal.rows_of(file), journal.entries_of(file)
     for entry in file.synced:
         entry.synced = True
     for at in range(3):
         journal.put(file, at, page(2 + at))
     assert journal.data.read((row.slot, 1)) == bytes(page(1))
+    shut(journal)
+
+
+def test_a_page_that_is_written_again_goes_where_another_was_and_no_third_is_touched(journal: Journal) -> None:
+    file = journal.add(a_record())
+    for at in range(4):
+        journal.put_one(file, at, page(at + 1))
+    for byte in range(10, 30):
+        journal.put_one(file, byte % 4, page(byte))
+        journal.check()
+        assert bytes_of(journal, left_by(journal), 1)[byte % 4] == bytes(page(byte))
+        assert journal.slots.used == 4
+    assert {at: data[0] for at, data in bytes_of(journal, left_by(journal), 1).items()} == {0: 28, 1: 29, 2: 26, 3: 27}
+    shut(journal)
+
+
+def test_a_kill_between_any_two_stores_of_a_page_written_again_leaves_one_of_its_versions(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old row goes after the new one has come, and the old bytes are not touched."""
+    file = journal.add(a_record())
+    for byte in (1, 2):
+        journal.put_one(file, 0, page(byte))
+    versions = []
+
+    class Looking:
+        """Memory that is looked at after each store."""
+
+        def __init__(self, memory: mmap.mmap) -> None:
+            self.memory = memory
+
+        def __setitem__(self, where: slice, data: bytes) -> None:
+            self.memory[where] = data
+            versions.append(bytes_of(journal, left_by_now(journal), 1)[0][0])
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.memory, name)
+
+    monkeypatch.setattr(journal.data, "map", Looking(journal.data.map))
+    monkeypatch.setattr(journal.rows, "map", Looking(journal.rows.map))
+    journal.put_one(file, 0, page(3))
+    assert versions == [2, 3, 3]
     shut(journal)
 
 
@@ -478,7 +553,7 @@ def test_regression_a_kill_between_two_rows_of_one_write_leaves_no_zeros(
         other = journal.add(a_record(8))
         for at in range(63):
             journal.put(other, at, page(3))
-        journal.remove(other, range(0, 63, 2), journal.seq)
+        journal.remove(other, masks(range(0, 63, 2)), journal.seq)
     before, file.record.size = file.record.size, (1 + pages) * P - 100
     sizes, set_row = [], journal.rows.set
 
