@@ -69,8 +69,8 @@ async def staged(top: Path, **options: object) -> AsyncIterator[Stage]:
             await ended.wait()
         assert lane._workers == 0 and not lane._idle
         lane.close()
-        await world.shut()
         world.check()
+        await world.shut()
         nursery.cancel_scope.cancel()
 
 
@@ -425,18 +425,18 @@ def test_a_write_that_the_journal_cannot_take_is_on_the_backing_when_it_returns_
             node, handle = await kernel.open(b"f")
             journal = world.keeper.journal
             assert journal is not None
-            put = journal.put
+            put_one = journal.put_one
 
             def refuse(*arguments: object) -> None:
                 raise OSError(errno.ENOSPC, "no room")
 
             for number in (1, 2):  # the first, and one when that is known
-                journal.put = refuse  # type: ignore[method-assign,assignment]
+                journal.put_one = refuse  # type: ignore[method-assign,assignment]
                 await kernel.must(wire.WRITE, node, transfer(handle, 0, PAGE_SIZE, bytes([number]) * PAGE_SIZE))
                 assert (tmp_path / "source" / "f").read_bytes()[:PAGE_SIZE] == bytes([number]) * PAGE_SIZE
                 assert world.keeper.written_through == number
                 assert world.cache.accounts.total("write_bytes") == number * PAGE_SIZE and stage.count("write") == number
-            journal.put = put  # type: ignore[method-assign]
+            journal.put_one = put_one  # type: ignore[method-assign]
             await kernel.must(wire.WRITE, node, transfer(handle, 0, PAGE_SIZE, b"3" * PAGE_SIZE))
             assert world.keeper.written_through == 2 and not world.keeper.failing and world.cache.dirty_pages == 1
 
