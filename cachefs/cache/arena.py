@@ -6,18 +6,25 @@ neighbours in the file are neighbours in memory, however they came and went. Slo
 cost 4 KiB for every 2 MiB of addresses in use: 1 MiB, and 64 KiB for groups of small files. A group is given the slot
 behind its predecessor's where that is free, so that reads across a group's end find one run of memory too.
 
+The kernel copies from huge pages nearly twice as fast as from small ones, and a first touch costs a quarter (docs/decisions.md).
+But one touched byte puts 2 MiB behind it. So groups that are about to be filled whole have slots of their own, in pairs of the
+size of a huge page; all of a pair counts as touched from the start, and other groups never get there.
+
 Memory behind pages that left is kept for reuse (a first touch costs four times a copy here, docs/decisions.md), up to
 `slack_pages`; beyond that it goes back to the kernel. `physical_pages` never exceeds `capacity_pages + slack_pages`.
 """
 
+import ctypes
 import mmap
 from itertools import pairwise
 
-from cachefs.cache.page import GROUP_PAGES, GROUP_SIZE, PAGE_SIZE, SMALL_PAGES, Group, runs
+from cachefs.cache.page import ALL, GROUP_PAGES, GROUP_SIZE, PAGE_SIZE, SMALL_PAGES, Group, runs
 from cachefs.errors import CachefsError
 
 MAP_NORESERVE = 0x4000  # linux/mman.h; Python names it from 3.13 on
 LARGEST_BYTES = 1 << 46  # 64 TiB of addresses, half of what a process has
+HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
+HUGE_PAGE_BYTES = 2 * GROUP_SIZE
 SLACK_MAX_PAGES = (32 << 20) // PAGE_SIZE
 
 
@@ -31,8 +38,10 @@ class Arena:
         self._map = _reserve(capacity_pages, max(capacity_pages, most_pages))
         self.view = memoryview(self._map)
         half = len(self._map) // 2 // GROUP_SIZE * GROUP_SIZE  # large slots grow from 0, small ones from the middle
+        most = len(self._map) * 3 // 4 // GROUP_SIZE * GROUP_SIZE
         self._large = _Slots(0, half, GROUP_PAGES)
-        self._small = _Slots(half, len(self._map), SMALL_PAGES)
+        self._small = _Slots(half, most, SMALL_PAGES)
+        self._whole = _Pairs(*_huge(self._map, most))
         self._holey: dict[Group, None] = {}  # groups with touched pages that are not resident, oldest first
 
     @property
@@ -46,8 +55,16 @@ class Arena:
         self.slack_pages = _slack(capacity_pages)
         self._give_back(None, 0)
 
-    def allocate(self, pages: int, near: int) -> tuple[int, int, int]:
-        """A slot for `pages` pages: (base, capacity, touched mask), at offset `near` if that one is free (-1: anywhere)."""
+    def allocate(self, pages: int, near: int, whole: bool = False) -> tuple[int, int, int]:
+        """A slot for `pages` pages: (base, capacity, touched mask), at offset `near` if that one is free (-1: anywhere).
+
+        `whole`: it is expected to be filled, or nearly.
+        """
+        room = self.physical_pages + 2 * GROUP_PAGES <= self.capacity_pages + self.slack_pages
+        if whole and (room or self._whole.warm) and (found := self._whole.take_whole(near)) is not None:
+            base, touched, fresh = found
+            self.physical_pages += fresh
+            return base, GROUP_PAGES, touched
         slots = self._small if pages <= SMALL_PAGES else self._large
         base, touched = slots.take(near)
         return base, slots.pages, touched
@@ -67,7 +84,7 @@ class Arena:
     def release(self, group: Group) -> None:
         """Takes back the slot of a group that has no resident page left."""
         self._holey.pop(group, None)
-        slots = self._small if group.capacity == SMALL_PAGES else self._large
+        slots = self._small if group.capacity == SMALL_PAGES else self._whole if self._whole.has(group.base) else self._large
         slots.give(group.base, group.touched)
 
     def touch(self, group: Group, mask: int) -> None:
@@ -100,7 +117,7 @@ class Arena:
                 group.touched &= ~stale
                 self._discard(group.base, stale)
             else:
-                slots = self._large if self._large.warm else self._small
+                slots = next(slots for slots in (self._large, self._small, self._whole) if slots.warm)
                 self._discard(*slots.cool())
 
     def _discard(self, base: int, mask: int) -> None:
@@ -111,12 +128,13 @@ class Arena:
     def check(self, groups: list[Group]) -> None:
         """Asserts that memory is accounted for: what groups touched and what warm slots hold."""
         held = sum(group.touched.bit_count() for group in groups)
-        warm = sum(mask.bit_count() for slots in (self._large, self._small) for mask in slots.warm.values())
+        every = (self._large, self._small, self._whole)
+        warm = sum(mask.bit_count() for slots in every for mask in slots.warm.values())
         assert self.physical_pages == held + warm, (self.physical_pages, held, warm)
         assert all(group in self._holey for group in groups if group.touched & ~group.resident), "holes nobody knows of"
         assert self.physical_pages <= self.capacity_pages + self.slack_pages
         taken = [(g.base, g.base + g.capacity * PAGE_SIZE) for g in groups]
-        taken += [(b, b + s.pages * PAGE_SIZE) for s in (self._large, self._small) for b in (*s.warm, *s.cold)]
+        taken += [(b, b + s.pages * PAGE_SIZE) for s in every for b in (*s.warm, *s.cold)]
         taken.sort()
         assert all(a[1] <= b[0] for a, b in pairwise(taken)), "slots overlap"
 
@@ -157,8 +175,51 @@ class _Slots:
         return base, touched
 
 
+class _Pairs(_Slots):
+    """Slots of groups that are filled whole, two in each huge page."""
+
+    def __init__(self, start: int, end: int) -> None:
+        super().__init__(start, end, GROUP_PAGES)
+        self._start = start
+
+    def has(self, base: int) -> bool:
+        return self._start <= base < self._end
+
+    def take_whole(self, near: int) -> tuple[int, int, int] | None:
+        """A slot, its touched mask, and how many pages were not touched until now; None where all are taken."""
+        if self.warm:
+            return *self.take(near), 0
+        if not self.cold:
+            if self._next + 2 * GROUP_SIZE > self._end:
+                return None
+            self.cold |= {self._next: 0, self._next + GROUP_SIZE: 0}
+            self._next += 2 * GROUP_SIZE
+        base, touched = self.take(near)
+        other = self._start + (base - self._start ^ GROUP_SIZE)
+        if other not in self.cold:  # what is left of this huge page is in small ones
+            return base, touched, 0
+        del self.cold[other]
+        self.warm[other] = ALL
+        return base, ALL, 2 * GROUP_PAGES
+
+
 def _slack(capacity_pages: int) -> int:
     return min(SLACK_MAX_PAGES, max(GROUP_PAGES, capacity_pages // 8))
+
+
+def _huge(memory: mmap.mmap, start: int) -> tuple[int, int]:
+    """The part of `memory` behind `start` that huge pages fit into; nothing where the kernel has none."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    start += -(address + start) % HUGE_PAGE_BYTES
+    end = start + (len(memory) - start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    try:
+        with open(HUGE_PAGES) as file:
+            if "[never]" in file.read():
+                return start, start
+        memory.madvise(mmap.MADV_HUGEPAGE, start, end - start)
+    except OSError:
+        return start, start
+    return start, end
 
 
 def _reserve(capacity_pages: int, most_pages: int) -> mmap.mmap:
@@ -173,7 +234,8 @@ def _reserve(capacity_pages: int, most_pages: int) -> mmap.mmap:
             length //= 2
             if length < smallest:
                 raise CachefsError(f"cannot reserve memory for the cache ({error}); use a smaller --cache-size") from None
-    # A huge page would put 2 MiB behind a single touched page, and the size limit would mean nothing.
+    # A huge page would put 2 MiB behind a single touched page, and the size limit would mean nothing: `_huge` is for those
+    # parts where that is known.
     for advice in (mmap.MADV_NOHUGEPAGE, mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK):
         memory.madvise(advice)
     return memory

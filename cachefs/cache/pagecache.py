@@ -17,6 +17,7 @@ from cachefs.cache.arena import Arena
 from cachefs.cache.check import check
 from cachefs.cache.file import CachedFile, Source
 from cachefs.cache.page import (
+    ALL,
     FIRST,
     GROUP_PAGES,
     GROUP_SHIFT,
@@ -35,6 +36,7 @@ from cachefs.cache.refault import Refaults
 from cachefs.cache.waits import Busy, Fill, NoRoom, TooDirty
 
 GROUP_BITS = GROUP_SHIFT + PAGE_SHIFT
+WHOLE_PAGES = GROUP_PAGES // 2  # a group that begins with so many, or goes on with a stream, is going to be filled
 _BYTE_IN_GROUP = GROUP_SIZE - 1
 _NOTHING: Mapping[int, int] = {}
 
@@ -134,8 +136,8 @@ class PageCache:
         """
         self._make_room(count)
         first = page & IN_GROUP
-        group = self._group(file, page >> GROUP_SHIFT, first + count)
         mask = FIRST[count] << first
+        group = self._group(file, page >> GROUP_SHIFT, mask)
         self.arena.touch(group, mask)
         group.start_fill(mask, mask & ~(FIRST[wanted] << first))
         file.mark(group.index, mask, transient)
@@ -187,7 +189,7 @@ class PageCache:
         # The pages of the range that are here stay: what `data` does not cover of them exists nowhere else in memory.
         keep = {key_of(file.id, index): span(first, last) for index, first, last in parts}
         self._make_room(sum(file.absent(index, span(first, last)).bit_count() for index, first, last in parts), keep)
-        groups = [self._group(file, index, last + 1) for index, _, last in parts]
+        groups = [self._group(file, index, span(first, last)) for index, first, last in parts]
         for group, (index, first, last) in zip(groups, parts, strict=True):
             start = max(offset, index * GROUP_SIZE)
             stop = min(end, (index + 1) * GROUP_SIZE)
@@ -218,7 +220,7 @@ class PageCache:
         if group is None or mask & ~uptodate:
             try:
                 self._make_room((mask & ~uptodate).bit_count(), {key_of(file.id, index): mask})
-                group = self._group(file, index, first + count)
+                group = self._group(file, index, mask)
             except (NoRoom, Busy):
                 return False
         self._write_group(group, mask, offset, data)
@@ -331,14 +333,16 @@ class PageCache:
 
     # --- groups and counts -----------------------------------------------------------------------------------------
 
-    def _group(self, file: CachedFile, index: int, pages: int) -> Group:
-        """The group with room for its first `pages` pages."""
-        group = file.groups.get(index)
+    def _group(self, file: CachedFile, index: int, mask: int) -> Group:
+        """The group with room for pages `mask`, which are about to come."""
+        group, pages = file.groups.get(index), mask.bit_length()
         if group is None:
             before = file.groups.get(index - 1)
             near = before.base + GROUP_SIZE if before is not None else -1
-            need = max(pages, min(file.end_page - (index << GROUP_SHIFT), GROUP_PAGES)) if index == 0 else GROUP_PAGES
-            group = Group(file, index, *self.arena.allocate(need, near))
+            there = max(pages, min(file.end_page - (index << GROUP_SHIFT), GROUP_PAGES))
+            streamed = before is not None and mask & 1 and before.uptodate == ALL and there >= WHOLE_PAGES
+            whole = bool(streamed) or mask.bit_count() >= WHOLE_PAGES
+            group = Group(file, index, *self.arena.allocate(there if index == 0 else GROUP_PAGES, near, whole))
             if group.touched:
                 self.arena.leave_holes(group)
             group.born = self.clock()
