@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import logging
+import mmap
 import os
 import time
 import types
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.0005  # at most that long without a turn for other tasks, however many hits there are
 WORKERS_MAX = 500  # requests under way at once: some hundred that wait for SOURCE must not keep hits from being answered
+HUGE_WORKERS = 2  # who have a whole huge page each
 IDLE_MAX = 8  # workers kept for the next requests that wait
 HEADER_BYTES = IN_HEADER.size
 GONE = (errno.ENOENT, errno.ENODEV, errno.EPERM, errno.ECONNABORTED)  # nobody waits for that answer any more
@@ -103,7 +105,7 @@ class Lane:
 
     async def _work(self) -> None:
         """One worker, the leader at first. Its buffer is its own: a request that waits keeps what it has not used yet."""
-        buffer = bytearray(REQUEST_MAX_BYTES)
+        buffer = _buffer(self._workers)
         vector, body, unpack = [buffer], memoryview(buffer)[HEADER_BYTES:], REQUEST.unpack_from
         quick, fd, clock, readv = self._quick, self.fd, time.perf_counter, os.readv
         try:
@@ -177,7 +179,7 @@ class Lane:
         await trio.lowlevel.checkpoint()
         self._turn_ends = time.perf_counter() + TURN_SECONDS
 
-    async def _receive(self, vector: list[bytearray], problem: OSError) -> int:
+    async def _receive(self, vector: list[bytearray | mmap.mmap], problem: OSError) -> int:
         """The length of the next request, which is in `vector` then, after a look that ended in `problem`; 0: there is none."""
         error: OSError | None = problem
         while not self._over:
@@ -261,6 +263,16 @@ class Lane:
         except OSError as error:
             if error.errno not in GONE:
                 log.error("the kernel refuses an errno: %s", error.strerror)
+
+
+def _buffer(worker: int) -> bytearray | mmap.mmap:
+    """Memory for a request. The first workers have a huge page, into which the kernel copies in a tenth less of its time."""
+    if worker > HUGE_WORKERS:
+        return bytearray(REQUEST_MAX_BYTES)
+    memory = mmap.mmap(-1, -(-REQUEST_MAX_BYTES >> 21 << 21), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 @types.coroutine
