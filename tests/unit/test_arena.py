@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+from pathlib import Path
 
+import pytest
+
+from cachefs.cache import arena as arenas
 from cachefs.cache.arena import Arena
 from cachefs.cache.file import CachedFile
 from cachefs.cache.page import ALL, FIRST, GROUP_PAGES, GROUP_SIZE, PAGE_SIZE, SMALL_PAGES, Group
@@ -11,8 +16,8 @@ from cachefs.cache.page import ALL, FIRST, GROUP_PAGES, GROUP_SIZE, PAGE_SIZE, S
 FILE = CachedFile(1, None, 0)  # type: ignore[arg-type]  # nothing is read
 
 
-def new(arena: Arena, index: int = 0, pages: int = GROUP_PAGES, near: int = -1) -> Group:
-    group = Group(FILE, index, *arena.allocate(pages, near))
+def new(arena: Arena, index: int = 0, pages: int = GROUP_PAGES, near: int = -1, whole: bool = False) -> Group:
+    group = Group(FILE, index, *arena.allocate(pages, near, whole))
     if group.touched:
         arena.leave_holes(group)
     return group
@@ -107,13 +112,98 @@ def test_regression_a_recycled_slot_with_more_memory_than_pages_is_known_to_have
     assert arena.physical_pages <= arena.capacity_pages + arena.slack_pages
 
 
-def test_random_use_is_accounted_for() -> None:
+@pytest.fixture
+def huge_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As if the kernel had them, whatever this one is told."""
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    monkeypatch.setattr(arenas, "HUGE_PAGES", str(tmp_path / "enabled"))
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_groups_that_will_be_filled_lie_two_in_a_huge_page_which_counts_from_its_first_byte_on() -> None:
+    arena = Arena(2048)
+    first = new(arena, 1, whole=True)
+    assert arena.physical_pages == 512 and first.touched == ALL
+    second = new(arena, 2, near=first.base + GROUP_SIZE, whole=True)
+    assert second.base == first.base + GROUP_SIZE and arena.physical_pages == 512
+    assert (ctypes.addressof(ctypes.c_char.from_buffer(arena._map)) + first.base) % (2 << 20) == 0
+    for group in (first, second):
+        fill(arena, group, ALL)
+    other = new(arena, 3)
+    fill(arena, other, ALL)
+    assert arena.physical_pages == 768 and abs(other.base - first.base) >= 2 << 20
+    arena.check([first, second, other])
+    for group in (first, second, other):
+        leave(arena, group, ALL)
+    assert new(arena, 4, whole=True).base == first.base and arena.physical_pages == 768
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_no_huge_page_is_begun_where_memory_is_short() -> None:
+    arena = Arena(1000)  # and 256 of slack
+    groups = [new(arena, i, whole=True) for i in range(4)]
+    for group in groups:
+        fill(arena, group, FIRST[200])
+    assert arena.physical_pages == 1024
+    late = new(arena, 9, whole=True)
+    assert not late.touched and abs(late.base - groups[0].base) >= 2 << 20
+    fill(arena, late, FIRST[200])
+    arena.check([*groups, late])
+    for i in range(10, 20):
+        groups.append(new(arena, i))
+        fill(arena, groups[-1], FIRST[20])
+    arena.check([*groups, late])
+    assert arena.physical_pages <= arena.capacity_pages + arena.slack_pages
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_what_is_left_of_a_huge_page_is_taken_page_by_page() -> None:
+    """Given back in part, it lies in small pages from then on: there is nothing to gain by counting all of it."""
+    arena = Arena(1000)
+    first, second = (new(arena, i, whole=True) for i in range(2))
+    fill(arena, first, ALL)
+    fill(arena, second, ALL)
+    leave(arena, second, ALL)
+    arena.resize(0)
+    assert arena.physical_pages == 256  # the slot that was free went back
+    arena.resize(1000)
+    again = new(arena, 2, whole=True)
+    assert again.base == second.base and again.touched == 0
+    fill(arena, again, 1)
+    assert arena.physical_pages == 257
+    arena.check([first, again])
+
+
+def test_without_huge_pages_there_is_one_kind_of_large_slots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "enabled").write_text("always madvise [never]\n")
+    for where in (tmp_path / "enabled", tmp_path / "nothing"):
+        monkeypatch.setattr(arenas, "HUGE_PAGES", str(where))
+        arena = Arena(2048)
+        group = new(arena, whole=True)
+        assert group.base == 0 and not group.touched and not arena.physical_pages
+
+
+def test_the_kernel_gives_huge_pages() -> None:
+    if not any(word in Path(arenas.HUGE_PAGES).read_text() for word in ("[madvise]", "[always]")):
+        pytest.skip("not on this kernel")
+    arena = Arena(4096)
+    groups = [new(arena, i, whole=True) for i in range(8)]
+    for group in groups:
+        fill(arena, group, ALL)
+        arena.view[group.base : group.base + GROUP_SIZE] = bytes(GROUP_SIZE)
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    assert any(line.startswith("AnonHugePages:") and int(line.split()[1]) >= 2048 for line in lines)
+
+
+@pytest.mark.usefixtures("huge_pages")
+@pytest.mark.parametrize("capacity", [512, 2048])
+def test_random_use_is_accounted_for(capacity: int) -> None:
     rng = random.Random(5)
-    arena = Arena(512)
+    arena = Arena(capacity)
     groups: list[Group] = []
     resident = 0
     for step in range(3000):
-        while resident > 400 or (groups and rng.random() < 0.3):
+        while resident > capacity - 112 or (groups and rng.random() < 0.3):
             group = rng.choice(groups)
             going = group.uptodate & rng.getrandbits(256) if rng.random() < 0.7 else group.uptodate
             resident -= going.bit_count()
@@ -122,7 +212,8 @@ def test_random_use_is_accounted_for() -> None:
                 if not group.uptodate:
                     groups.remove(group)
         if not groups or rng.random() < 0.4:
-            groups.append(new(arena, step, rng.choice((1, 16, 256)), rng.choice((-1, rng.randrange(9) * GROUP_SIZE))))
+            near = rng.choice((-1, rng.randrange(9) * GROUP_SIZE, groups[-1].base + GROUP_SIZE if groups else -1))
+            groups.append(new(arena, step, rng.choice((1, 16, 256)), near, whole=rng.random() < 0.4))
         group = groups[-1] if not groups[-1].uptodate else rng.choice(groups)
         first = rng.randrange(group.capacity)
         mask = FIRST[min(rng.choice((1, 4, 100)), group.capacity - first)] << first & ~group.uptodate or ~group.uptodate & 1

@@ -444,3 +444,26 @@ def test_invariants_hold_after_any_steps(policy: str, steps: list[tuple[str, int
                 leaving.invalidate(cache, file)
         cache.check_invariants()
         assert cache.dirty_pages + cache.writeback_pages <= 12
+
+
+@pytest.mark.parametrize(
+    "first, count, whole", [(0, 256, True), (100, 128, True), (0, 16, False), (40, 1, False), (200, 56, False)]
+)
+def test_a_group_that_begins_with_half_of_its_pages_is_expected_to_be_filled(first: int, count: int, whole: bool) -> None:
+    cache = Checked("lru", 4096)
+    file = cache.file(4096 * P)
+    cache.end(cache.start_fill(file, 512 + first, count, count))
+    assert cache.arena._whole.has(file.groups[2].base) == (whole and bool(cache.arena._whole._end - cache.arena._whole._start))
+
+
+def test_a_group_behind_a_full_one_that_is_begun_at_its_start_is_expected_to_be_filled() -> None:
+    cache = Checked("lru", 8192)
+    file = cache.file(2100 * P)
+    cache.put(file, 0, contents(0, 256 * P))
+    kinds = []
+    for page in (256, 512 + 7, 768, 2048):  # behind a full group, not at the start, behind one with a page, the file's short end
+        if page == 2048:
+            cache.put(file, 1792 * P, contents(1792 * P, 256 * P))
+        cache.end(cache.start_fill(file, page, 1, 1))
+        kinds.append(cache.arena._whole.has(file.groups[page >> 8].base))
+    assert kinds == [cache.arena._whole._end > cache.arena._whole._start, False, False, False]
