@@ -301,6 +301,7 @@ class Journal:
             self.seq = max(self.seq, found.seq)
         for entry in file.cover.entries():
             self.slots.claim((entry.slot, entry.count))
+            self.data.left = max(self.data.left, entry.slot + entry.count)
             if rows[entry].file == record.file and self.rows.has(rows[entry]):
                 self.rows.set_live(entry.slot, entry.live)
             else:  # of another file that turned out to be this one, or not written to the disk before a power cut

@@ -176,7 +176,7 @@ class Lane:
 
     async def _give_turn(self) -> None:
         """To other tasks that can go on."""
-        await trio.lowlevel.checkpoint()
+        await self._waiting.give_turn()
         self._turn_ends = time.perf_counter() + TURN_SECONDS
 
     async def _receive(self, vector: list[bytearray | mmap.mmap], problem: OSError) -> int:

@@ -67,9 +67,11 @@ class Waiting:
         self.patience = Patience(len(os.sched_getaffinity(0)))
         self._runnable = Runnable()
         self._trio_fd = trio_descriptor()
-        self._poller = select.poll()
+        self._poller, self._trio_poller = select.poll(), select.poll()
         for each in {fd, self._trio_fd} - {-1}:
             self._poller.register(each, select.POLLIN)
+        if self._trio_fd >= 0:
+            self._trio_poller.register(self._trio_fd, select.POLLIN)
 
     async def start(self) -> None:
         """To be called first."""
@@ -79,6 +81,11 @@ class Waiting:
 
     def stop(self) -> None:
         trio.lowlevel.remove_instrument(self._runnable)
+
+    async def give_turn(self) -> None:
+        """To the other tasks, if any can go on: a turn that nobody needs costs as much as three hits."""
+        if self._trio_fd < 0 or self._runnable.tasks or self._trio_poller.poll(0) or seconds_to_next_deadline() <= 0:
+            await trio.lowlevel.checkpoint()
 
     async def wait(self) -> bool:
         """Until `fd` may be readable, or other tasks have had a turn; whether they had."""
@@ -116,7 +123,7 @@ class Waiting:
 
         To go to the same sleep through trio's scheduler, and back, costs more than a hit.
         """
-        seconds = trio.lowlevel.current_statistics().seconds_to_next_deadline
+        seconds = seconds_to_next_deadline()
         return self._poller.poll(None if seconds == math.inf else max(0.0, seconds * 1000))
 
     async def _sleep_in_trio(self) -> None:
@@ -134,3 +141,13 @@ def trio_descriptor() -> int:
     except AttributeError:
         return -1
     return number
+
+
+def seconds_to_next_deadline() -> float:
+    """Until a task of this trio is to be woken up; not after that. Trio's own statistics say it too, for ten times the price."""
+    try:
+        runner: Any = trio._core._run.GLOBAL_RUN_CONTEXT.runner
+        deadline: float = runner.deadlines.next_deadline()
+    except AttributeError:
+        return trio.lowlevel.current_statistics().seconds_to_next_deadline
+    return deadline - trio.current_time()

@@ -230,6 +230,29 @@ def test_a_disk_that_takes_no_more_changes_nothing(journal: Journal, monkeypatch
     assert bytes_of(journal, left_by(journal), 1)[0][0] == 1
 
 
+def test_regression_slots_that_are_made_ready_have_nothing_of_a_predecessor_in_them(tmp_path: Path) -> None:
+    """Many are filled with zeros at once, and among them could be those that were found, and claimed."""
+    journal = Journal(str(tmp_path), 256 * P, {})
+    file, other = journal.add(a_record()), journal.add(a_record(8))
+    for at in range(100):
+        journal.put_one(file, at, page(at + 1))
+    journal.put(other, 0, page(200, 20))
+    journal.remove(file, masks(at for at in range(100) if at % 7), journal.seq)
+    expected = [bytes_of(journal, left_by(journal), number) for number in (1, 2)]
+    shut(journal)
+    found = load(os.path.join(journal.directory, INDEX_FILE), os.path.join(journal.directory, ROWS_FILE))
+    assert found is not None
+    successor = Journal(journal.directory, 256 * P, {}, [(found.files[number], found.pages[number]) for number in (1, 2)])
+    new = successor.add(a_record(9))
+    for at in range(150):
+        successor.put_one(new, at, page(at % 250 + 1))
+        successor.check()
+    found = left_by(successor)
+    assert [bytes_of(successor, found, number) for number in (1, 2)] == expected
+    assert {at: data[0] for at, data in bytes_of(successor, found, 3).items()} == {at: at % 250 + 1 for at in range(150)}
+    shut(successor)
+
+
 def test_a_journal_with_nothing_in_it_leaves_no_files(journal: Journal, tmp_path: Path) -> None:
     file = journal.add(a_record())
     journal.put(file, 0, page(1))

@@ -72,6 +72,51 @@ def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(waiting_module, "trio_descriptor", lambda: -1)
 
 
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("why", ["runnable", "from a thread", "a deadline"])
+def test_others_get_their_turn_when_they_can_go_on(why: str) -> None:
+    async def main() -> None:
+        async with waiter() as (waiting, _), trio.open_nursery() as nursery:
+            done = False
+
+            async def other() -> None:
+                nonlocal done
+                if why == "runnable":
+                    await trio.lowlevel.checkpoint()
+                elif why == "from a thread":
+                    await trio.to_thread.run_sync(lambda: None)
+                else:
+                    await trio.sleep(0.05)
+                done = True
+
+            nursery.start_soon(other)
+            while not done:
+                await waiting.give_turn()
+
+    trio.run(main)
+
+
+def test_a_turn_that_nobody_needs_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = 0
+
+    async def counted() -> None:
+        nonlocal turns
+        turns += 1
+
+    async def main() -> None:
+        async with waiter() as (waiting, _), trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep, 3600)
+            for _ in range(3):
+                await trio.lowlevel.checkpoint()
+            monkeypatch.setattr(trio.lowlevel, "checkpoint", counted)
+            for _ in range(5):
+                await waiting.give_turn()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert not turns
+
+
 def test_this_trio_has_a_descriptor() -> None:
     async def main() -> int:
         return trio_descriptor()
