@@ -317,8 +317,10 @@ class Files:
         handle = self.handles[number]
         inode, nbytes = handle.inode, len(data)
         file: CachedFile = inode.file  # type: ignore[assignment]  # a handle's inode has a file
+        in_page = offset % PAGE_SIZE
         if (
-            not 0 < nbytes <= self.filler.piece_bytes - offset % PAGE_SIZE
+            not nbytes
+            or (in_page + nbytes > PAGE_SIZE and nbytes > self.filler.piece_bytes - in_page)
             or offset + nbytes > EXTEND_AT_ONCE_BYTES
             or handle.synchronous
             or self.keeper.failing

@@ -101,7 +101,10 @@ class Writeback:
         self._wake.set()
 
     def must_throttle(self, nbytes: int) -> bool:
-        return self._level_after(nbytes) > self.free_pages or self.keeper.full(nbytes)
+        cache, free = self.cache, self.free_pages
+        if cache.dirty_pages + cache.writeback_pages + (nbytes >> PAGE_SHIFT) > free and self._level_after(nbytes) > free:
+            return True
+        return self.keeper.full(nbytes)
 
     def _level_after(self, nbytes: int) -> int:
         """Unwritten pages once `nbytes` more are written; of long writes the first piece counts, see `Filler.write`."""

@@ -215,11 +215,13 @@ class PageCache:
             unwritten = self.dirty_pages + self.writeback_pages + (mask & ~dirty).bit_count()
             if unwritten > self.dirty_limit_pages or (group is not None and group.filling & mask):
                 return False
-            if mask & ~uptodate and file.pages_to_fill(offset, len(data)):
+            if (offset | end) & PAGE_SIZE - 1 and mask & ~uptodate and file.pages_to_fill(offset, len(data)):
                 return False
         if group is None or mask & ~uptodate:
+            more = (mask & ~uptodate).bit_count()
             try:
-                self._make_room((mask & ~uptodate).bit_count(), {key_of(file.id, index): mask})
+                if self.resident_pages + more > self.capacity_pages:
+                    self._make_room(more, {key_of(file.id, index): mask})
                 group = self._group(file, index, mask)
             except (NoRoom, Busy):
                 return False
