@@ -35,7 +35,8 @@ WANTED = (
 )  # fmt: skip
 
 REQUEST_MAX_BYTES = (1 << 20) + 8192
-WRITE_MAX_BYTES = 1 << 20
+# Of 256 pages, 1 MiB of memory that begins within a page would come as 1 MiB less some bytes, and these bytes.
+WRITE_MAX_BYTES = 1 << 19
 PAGES_MAX = 256
 READAHEAD_MAX_BYTES = 16 << 20
 BACKGROUND_MAX = 128  # requests of readahead and asynchronous I/O that the kernel has under way at once
