@@ -33,6 +33,7 @@ class SlotMap:
         whole, rest = divmod(count, GROUP_PAGES)
         self._free = [ALL] * whole + ([FIRST[rest]] if rest else [])
         self._lowest = 0  # no segment below has a free slot
+        self._longest = [GROUP_PAGES] * len(self._free)  # no segment has a longer run of free ones; it may be shorter
         self.spare = -1  # a free slot that its segment does not show: a page that is written again leaves the next one's
 
     def take(self, count: int) -> list[Run]:
@@ -67,8 +68,12 @@ class SlotMap:
         while not free[self._lowest]:
             self._lowest += 1
         for segment in range(self._lowest, len(free)):
+            if self._longest[segment] < count:
+                continue
             first = first_run(free[segment], count)
-            if first >= 0:
+            if first < 0:
+                self._longest[segment] = count - 1
+            else:
                 free[segment] &= ~(FIRST[count] << first)
                 self.used += count
                 self.runs += 1
@@ -86,12 +91,9 @@ class SlotMap:
 
     def give(self, run: Run) -> None:
         """Makes slots free again."""
-        slot, count = run
-        segment = slot >> GROUP_SHIFT
-        self._free[segment] |= FIRST[count] << (slot & GROUP_PAGES - 1)
-        self.used -= count
+        self._show(*run)
+        self.used -= run[1]
         self.runs -= 1
-        self._lowest = min(self._lowest, segment)
 
     def give_one(self, slot: int) -> None:
         self._show_spare()
@@ -102,8 +104,15 @@ class SlotMap:
     def _show_spare(self) -> None:
         if (slot := self.spare) >= 0:
             self.spare = -1
-            self._free[slot >> GROUP_SHIFT] |= 1 << (slot & GROUP_PAGES - 1)
-            self._lowest = min(self._lowest, slot >> GROUP_SHIFT)
+            self._show(slot, 1)
+
+    def _show(self, slot: int, count: int) -> None:
+        segment = slot >> GROUP_SHIFT
+        self._free[segment] |= FIRST[count] << (slot & GROUP_PAGES - 1)
+        if (longest := self._longest[segment]) < GROUP_PAGES:
+            self._longest[segment] = min(GROUP_PAGES, 2 * longest + count)  # between two as long
+        if segment < self._lowest:
+            self._lowest = segment
 
     def check(self) -> None:
         """Asserts that the count is that of the masks."""
@@ -111,6 +120,8 @@ class SlotMap:
         assert self.used == self.count - free, "slots miscounted"
         assert self.spare < 0 or not self._free[self.spare >> GROUP_SHIFT] >> (self.spare & GROUP_PAGES - 1) & 1
         assert not any(self._free[: self._lowest]), "a free slot below the lowest"
+        for mask, longest in zip(self._free, self._longest, strict=True):
+            assert longest == GROUP_PAGES or first_run(mask, longest + 1) < 0, "a longer run"
 
 
 def first_run(mask: int, count: int) -> int:
