@@ -91,8 +91,8 @@ class Cover:
                 if slots is not None:
                     there = [i for i in range(first, min(first + count, len(slots))) if slots[i] >= 0]
                     old |= sum(1 << i for i in there if seq_of(slots[i]) <= last_seq)
-                for entry in dict.fromkeys(at[first : first + count]):
-                    if entry is not None and entry.seq <= last_seq:
+                for entry in _each(at, first, count):
+                    if entry.seq <= last_seq:
                         old |= entry.live_in(index << GROUP_SHIFT | first, count) << (entry.page & IN_GROUP)
             if old:
                 found[index] = old
@@ -103,9 +103,11 @@ class Cover:
     def put(self, entry: Entry, page: int, count: int) -> Lost:
         """The entry has the latest bytes of pages [page, page + count) from now on."""
         index, first = page >> GROUP_SHIFT, page & IN_GROUP
-        lost = self.take(index, FIRST[count] << first)
+        known = index in self._groups or index in self.alone
+        lost: Lost = self.take(index, FIRST[count] << first) if known else ([], [])
         at = self._groups.setdefault(index, [])
-        at += [None] * (first - len(at))
+        if len(at) < first:
+            at += [None] * (first - len(at))
         at[first : first + count] = [entry] * count
         self.pages += count
         return lost
@@ -146,7 +148,7 @@ class Cover:
         at = self._groups.get(index)
         if at is None:
             return []
-        entries = [entry for entry in dict.fromkeys(at[first : first + count]) if entry is not None]
+        entries = _each(at, first, count)
         for entry in entries:
             lost = entry.live_in(index << GROUP_SHIFT | first, count)
             entry.live ^= lost
@@ -180,3 +182,15 @@ class Cover:
         assert all(max(slots) >= 0 for slots in self.alone.values()), "a group without pages"
         with_entries = sum(entry.live.bit_count() for entry in self.entries())
         assert self.pages == with_entries + len(self.slots_alone()), "pages miscounted"
+
+
+def _each(at: list[Entry | None], first: int, count: int) -> list[Entry]:
+    """The entries in `at[first : first + count]`, each once. Mostly one or two have all of it: then that is as many steps."""
+    if first >= len(at):
+        return []
+    entry, end = at[first], min(first + count, len(at))
+    if entry is not None:
+        rest = (entry.page & IN_GROUP) + entry.count - first
+        if entry.live >> entry.count - rest == FIRST[rest]:  # all of its pages from here on
+            return [entry] if first + rest >= end else [entry, *_each(at, first + rest, end - first - rest)]
+    return [entry for entry in dict.fromkeys(at[first:end]) if entry is not None]

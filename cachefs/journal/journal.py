@@ -111,7 +111,8 @@ class Journal:
     def _put_runs(self, file: JournalFile, page: int, data: memoryview, size_before: int | None, last: int) -> None:
         runs = self.slots.take(len(data) >> PAGE_SHIFT)
         try:
-            self._reserve(max(slot + count for slot, count in runs))
+            last_slot, last_count = max(runs)
+            self._reserve(last_slot + last_count)
             self.data.write(runs, data)
             if not file.cover:
                 self._begin(file)
