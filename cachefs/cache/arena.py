@@ -14,6 +14,7 @@ Memory behind pages that left is kept for reuse (a first touch costs four times 
 `slack_pages`; beyond that it goes back to the kernel. `physical_pages` never exceeds `capacity_pages + slack_pages`.
 """
 
+import contextlib
 import ctypes
 import mmap
 from itertools import pairwise
@@ -25,6 +26,7 @@ MAP_NORESERVE = 0x4000  # linux/mman.h; Python names it from 3.13 on
 LARGEST_BYTES = 1 << 46  # 64 TiB of addresses, half of what a process has
 HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 HUGE_PAGE_BYTES = 2 * GROUP_SIZE
+PAIRS_MOST = 1 << 14  # 32 GiB: the kernel has 65,530 parts of memory that differ, and each that is not huge may make two more
 SLACK_MAX_PAGES = (32 << 20) // PAGE_SIZE
 
 
@@ -64,6 +66,8 @@ class Arena:
         if whole and (room or self._whole.warm) and (found := self._whole.take_whole(near)) is not None:
             base, touched, fresh = found
             self.physical_pages += fresh
+            if fresh:
+                self._advise(base, mmap.MADV_HUGEPAGE)
             return base, GROUP_PAGES, touched
         slots = self._small if pages <= SMALL_PAGES else self._large
         base, touched = slots.take(near)
@@ -120,8 +124,16 @@ class Arena:
                 slots = next(slots for slots in (self._large, self._small, self._whole) if slots.warm)
                 self._discard(*slots.cool())
 
+    def _advise(self, base: int, advice: int) -> None:
+        """Whether the kernel is to have a huge page there. By itself it would make one again of a page that is left of one."""
+        if self._whole.changed(base, advice == mmap.MADV_NOHUGEPAGE):
+            with contextlib.suppress(OSError):  # too many parts of memory that differ
+                self._map.madvise(advice, self._whole.first(base), HUGE_PAGE_BYTES)
+
     def _discard(self, base: int, mask: int) -> None:
         self.physical_pages -= mask.bit_count()
+        if mask and self._whole.has(base):
+            self._advise(base, mmap.MADV_NOHUGEPAGE)
         for first, count in runs(mask):
             self._map.madvise(mmap.MADV_DONTNEED, base + first * PAGE_SIZE, count * PAGE_SIZE)
 
@@ -179,8 +191,21 @@ class _Pairs(_Slots):
     """Slots of groups that are filled whole, two in each huge page."""
 
     def __init__(self, start: int, end: int) -> None:
-        super().__init__(start, end, GROUP_PAGES)
+        super().__init__(start, min(end, start + PAIRS_MOST * HUGE_PAGE_BYTES), GROUP_PAGES)
         self._start = start
+        self._small: set[int] = set()  # first slots of pairs that are to have small pages
+
+    def first(self, base: int) -> int:
+        """The first slot of the pair."""
+        return base - (base - self._start) % HUGE_PAGE_BYTES
+
+    def changed(self, base: int, small: bool) -> bool:
+        """Notes which pages the pair is to have; whether it had others."""
+        first = self.first(base)
+        if small == (first in self._small):
+            return False
+        (self._small.add if small else self._small.remove)(first)
+        return True
 
     def has(self, base: int) -> bool:
         return self._start <= base < self._end
@@ -188,7 +213,7 @@ class _Pairs(_Slots):
     def take_whole(self, near: int) -> tuple[int, int, int] | None:
         """A slot, its touched mask, and how many pages were not touched until now; None where all are taken."""
         if self.warm:
-            return *self.take(near), 0
+            return *self.take(near if near in self.warm else -1), 0
         if not self.cold:
             if self._next + 2 * GROUP_SIZE > self._end:
                 return None
@@ -212,6 +237,8 @@ def _huge(memory: mmap.mmap, start: int) -> tuple[int, int]:
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     start += -(address + start) % HUGE_PAGE_BYTES
     end = start + (len(memory) - start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    if end <= start:
+        return start, start
     try:
         with open(HUGE_PAGES) as file:
             if "[never]" in file.read():

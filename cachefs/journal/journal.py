@@ -180,7 +180,8 @@ class Journal:
 
     def _reserve(self, slots: int) -> None:
         if slots > self.data.reserved:
-            self.rows.reserve(self.data.reserve(slots))
+            self.rows.reserve(self.data.steps(slots))  # first: `data.reserved` stands for both
+            self.data.reserve(slots)
 
     def _file_row(self, file: JournalFile) -> list[Row]:
         return [(self.index.files, key_of(file.record.file), pack_file(file.record, file.tail))]

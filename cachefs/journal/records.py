@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import xxhash
 
+from cachefs.cache.page import FIRST, GROUP_PAGES, IN_GROUP
+
 FILE_MARK, PAGES_MARK = b"cfF1", b"cfP1"
 _PAGES = struct.Struct("<4sIQQQQQQq")
 PAGES_SEQ, PAGES_SEQ_AT = struct.Struct("<Q"), 8  # where its number lies
@@ -104,7 +106,9 @@ def unpack_pages(data: bytes) -> PagesRecord:
     if checksum(data[: _PAGES.size]) != _CHECKSUM.unpack_from(data, _PAGES.size)[0]:
         raise BadRecord("a damaged record of pages")
     _, count, seq, file, page, slot, data_checksum, size, mtime_ns = _PAGES.unpack_from(data)
-    live = int.from_bytes(data[PAGES_LIVE:PAGES_BYTES], "little")
+    if not 0 < count <= GROUP_PAGES - (page & IN_GROUP):
+        raise BadRecord("a record of pages in more than one group")
+    live = int.from_bytes(data[PAGES_LIVE:PAGES_BYTES], "little") & FIRST[count]  # it has no checksum
     return PagesRecord(seq, file, page, slot, count, data_checksum, size, mtime_ns, live)
 
 

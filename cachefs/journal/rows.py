@@ -26,7 +26,7 @@ NOTHING = bytes(len(PAGES_MARK))
 
 
 class Rows:
-    """Rows of `slots` slots, of which the disk has set room aside for the first `reserve`d ones. `map` has their bytes."""
+    """Rows of `slots` slots; `map` has their bytes. Nothing may be stored where `reserve` has not been."""
 
     def __init__(self, path: str, slots: int) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -40,7 +40,7 @@ class Rows:
         os.posix_fallocate(self.fd, 0, slots * ROW_BYTES)
 
     def set(self, slot: int, row: bytes) -> None:
-        """Writes the row of a slot that had none."""
+        """Writes the row of a slot."""
         at = slot * ROW_BYTES
         self.map[at : at + PAGES_BYTES] = row
 

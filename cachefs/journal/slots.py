@@ -29,7 +29,7 @@ class SlotMap:
     def __init__(self, count: int) -> None:
         self.count = count
         self.used = 0
-        self.runs = 0  # that are taken: as many as entries
+        self.runs = 0  # that are taken, one for each row
         whole, rest = divmod(count, GROUP_PAGES)
         self._free = [ALL] * whole + ([FIRST[rest]] if rest else [])
         self._lowest = 0  # no segment below has a free slot
@@ -149,15 +149,18 @@ class SlotFile:
         self.used = 0  # slots before are reserved, and have been written to or made ready
         self.left = 0  # slots from here on have nothing in them that a predecessor left
 
-    def reserve(self, slots: int) -> int:
+    def steps(self, slots: int) -> int:
+        """As many slots as are reserved where so many are needed."""
+        return min(self._slots, -(-slots // RESERVE_SLOTS) * RESERVE_SLOTS)
+
+    def reserve(self, slots: int) -> None:
         """Has the disk set room aside for so many, or some more: a store into a mapped page without would kill the process."""
-        wanted = min(self._slots, -(-slots // RESERVE_SLOTS) * RESERVE_SLOTS)
+        wanted = self.steps(slots)
         os.posix_fallocate(self.fd, 0, wanted << PAGE_SHIFT)
-        self.map.close()
-        self.map = mmap.mmap(self.fd, wanted << PAGE_SHIFT)
+        before, self.map = self.map, mmap.mmap(self.fd, wanted << PAGE_SHIFT)
+        before.close()
         self.map.madvise(mmap.MADV_RANDOM)
         self.reserved = wanted
-        return wanted
 
     def write_one(self, slot: int, data: memoryview) -> None:
         """Writes one page into a slot that is reserved; OSError where the disk takes less."""

@@ -266,7 +266,7 @@ class Lane:
 
 
 def _buffer(worker: int) -> bytearray | mmap.mmap:
-    """Memory for a request. The first workers have a huge page, into which the kernel copies in a tenth less of its time."""
+    """Memory for a request. The first workers have a huge page, if the kernel has any: it copies there in a tenth less time."""
     if worker > HUGE_WORKERS:
         return bytearray(REQUEST_MAX_BYTES)
     memory = mmap.mmap(-1, -(-REQUEST_MAX_BYTES >> 21 << 21), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

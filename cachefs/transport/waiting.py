@@ -86,6 +86,8 @@ class Waiting:
         """To the other tasks, if any can go on: a turn that nobody needs costs as much as three hits."""
         if self._trio_fd < 0 or self._runnable.tasks or self._trio_poller.poll(0) or seconds_to_next_deadline() <= 0:
             await trio.lowlevel.checkpoint()
+        else:
+            await trio.lowlevel.checkpoint_if_cancelled()
 
     async def wait(self) -> bool:
         """Until `fd` may be readable, or other tasks have had a turn; whether they had."""

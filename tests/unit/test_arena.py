@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import random
 from pathlib import Path
 
@@ -172,6 +173,62 @@ def test_what_is_left_of_a_huge_page_is_taken_page_by_page() -> None:
     fill(arena, again, 1)
     assert arena.physical_pages == 257
     arena.check([first, again])
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_regression_the_kernel_makes_no_huge_page_again_of_what_is_left_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """khugepaged did, of a single page, within seconds: memory that had gone back came again, and nobody counted it."""
+    arena, advised = Arena(1000), []
+
+    class Watched:
+        def __init__(self, memory: mmap.mmap) -> None:
+            self.memory = memory
+
+        def madvise(self, advice: int, start: int, length: int) -> None:
+            advised.append((advice, start, length))
+            self.memory.madvise(advice, start, length)
+
+    monkeypatch.setattr(arena, "_map", Watched(arena._map))
+    first, second = (new(arena, i, whole=True) for i in range(2))
+    for group in (first, second):
+        fill(arena, group, ALL)
+    leave(arena, first, ALL ^ 1)
+    leave(arena, second, ALL)
+    arena.resize(0)
+    assert arena.physical_pages <= 256
+    small = (mmap.MADV_NOHUGEPAGE, first.base, 2 << 20)
+    assert advised[0] == small and advised.count(small) == 1
+    leave(arena, first, 1)
+    arena.resize(0)
+    while arena._whole.warm:
+        arena._discard(*arena._whole.cool())
+    arena.resize(1000)
+    again = new(arena, 3, whole=True)
+    assert again.base in (first.base, second.base) and advised[-1] == (mmap.MADV_HUGEPAGE, first.base, 2 << 20)
+    arena.check([again])
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_regression_a_huge_page_with_no_memory_is_not_begun_unnoticed() -> None:
+    """Where a free slot with memory was there, one without was taken if it was the nearest, and counted for nothing."""
+    arena = Arena(4096)
+    groups = [new(arena, i, whole=True) for i in range(4)]
+    for group in groups:
+        fill(arena, group, ALL)
+    for group in groups[2:]:
+        leave(arena, group, ALL)
+    while arena._whole.warm:
+        arena._discard(*arena._whole.cool())
+    leave(arena, groups[0], ALL)
+    taken = new(arena, 9, near=groups[2].base, whole=True)
+    assert taken.base == groups[0].base
+    arena.check([groups[1], taken])
+
+
+def test_memory_with_no_room_for_a_huge_page_has_none() -> None:
+    memory = mmap.mmap(-1, 4 << 20)
+    start, end = arenas._huge(memory, 3 << 20)
+    assert start == end or end <= 4 << 20
 
 
 def test_without_huge_pages_there_is_one_kind_of_large_slots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -253,6 +253,40 @@ def test_regression_slots_that_are_made_ready_have_nothing_of_a_predecessor_in_t
     shut(successor)
 
 
+def test_regression_a_disk_with_no_room_for_rows_has_none_for_slots(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots counted as reserved and their rows were not: the second write ended the daemon, with SIGBUS."""
+    file = journal.add(a_record())
+    reserve, fallocate = journal.rows.reserve, os.posix_fallocate
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(journal.rows, "reserve", full)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            journal.put_one(file, 0, page(1))
+        assert not journal.data.reserved and not journal.slots.used
+    monkeypatch.setattr(journal.rows, "reserve", reserve)
+    monkeypatch.setattr(os, "posix_fallocate", lambda fd, *size: full() if fd == journal.data.fd else fallocate(fd, *size))
+    with pytest.raises(OSError, match="No space"):
+        journal.put_one(file, 0, page(1))
+    monkeypatch.undo()
+    journal.put_one(file, 0, page(1))
+    assert bytes_of(journal, left_by(journal), 1) == {0: bytes(page(1))}
+    shut(journal)
+
+
+def test_regression_a_row_claims_no_more_pages_than_it_has() -> None:
+    """The mask has no checksum. What it claimed beyond was read from the slots behind, which are other files'."""
+    row = PagesRecord(1, 2, 30, 4, 3, 6, 7, 8, 0b101)
+    packed = bytearray(row.pack())
+    packed[PAGES_LIVE : PAGES_LIVE + 32] = (2**256 - 1 - 2).to_bytes(32, "little")
+    assert unpack_pages(bytes(packed)) == row
+    for first, count in ((0, 0), (0, 257), (200, 57), (256, 300)):
+        with pytest.raises(BadRecord):
+            unpack_pages(PagesRecord(1, 2, first, 4, count, 6, 7, 8, 1).pack())
+
+
 def test_a_journal_with_nothing_in_it_leaves_no_files(journal: Journal, tmp_path: Path) -> None:
     file = journal.add(a_record())
     journal.put(file, 0, page(1))

@@ -96,6 +96,19 @@ def test_others_get_their_turn_when_they_can_go_on(why: str) -> None:
     trio.run(main)
 
 
+@pytest.mark.usefixtures("either")
+def test_who_is_cancelled_does_not_go_on_because_nobody_else_can() -> None:
+    async def main() -> None:
+        async with waiter() as (waiting, _):
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                for _ in range(3):
+                    await waiting.give_turn()
+            assert scope.cancelled_caught
+
+    trio.run(main)
+
+
 def test_a_turn_that_nobody_needs_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = 0
 
