@@ -65,6 +65,7 @@ OPTIONS = (
     Option("page", "MODE", "show the cache, with names of files, there; auto = if only this machine can ask", "auto", PAGE_MODES),
     Option("state_dir", "DIR", "where locks and logs live", "/var/lib/cachefs or ~/.local/state/cachefs"),
     Option("fast_lane", "MODE", "answer requests ourselves, without pyfuse3", "on", ("on", "off")),
+    Option("cpu_latency", "MODE", "keep idle processors ready while requests come one after another", "auto", ("auto", "off")),
     Option("simulate_latency", "TIME", "make every call to SOURCE take longer (experiments)", "0"),
     Option("simulate_bandwidth", "SIZE", "make SOURCE slower: bytes a second (experiments)", "none"),
     Option("log_level", "LEVEL", "how much goes into the log", "info", LOG_LEVELS),
@@ -102,6 +103,7 @@ class Config:
     page: bool  # the page is served at the same address
     state_dir: str | None
     fast_lane: bool
+    cpu_latency: bool  # idle processors may be kept ready
     simulate_latency_seconds: float
     simulate_bandwidth_bytes_per_second: float  # 0 = as fast as it is
     fault_plan: str | None
@@ -154,6 +156,7 @@ def make_config(
         page=_page(asked, host),
         state_dir=os.path.abspath(asked["state_dir"]) if asked.get("state_dir") else None,
         fast_lane=_choice(asked, "fast_lane") == "on",
+        cpu_latency=_choice(asked, "cpu_latency") == "auto",
         simulate_latency_seconds=_duration(asked, "simulate_latency"),
         simulate_bandwidth_bytes_per_second=_bandwidth(asked, "simulate_bandwidth"),
         fault_plan=os.path.abspath(asked["fault_plan"]) if asked.get("fault_plan") else None,

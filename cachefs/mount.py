@@ -165,7 +165,7 @@ class Mount:
             self.kernel_cache = "open"
         self.session = open_session(
             connection, self.stack.fs, self.kernel_cache, self.config.metadata_ttl_seconds, self._answering.set,
-            self.config.fast_lane,
+            self.config.fast_lane, self.config.cpu_latency,
         )  # fmt: skip
         self._connected = True
         nursery.start_soon(self._serve_fuse)
@@ -348,4 +348,4 @@ class Mount:
 
     def statistics(self) -> Statistics:
         durations = {op: histogram.snapshot() for op, histogram in self.session.durations.items()}
-        return self.stack.statistics(self.kernel_cache, durations)
+        return self.stack.statistics(self.kernel_cache, durations, self.session.ready_seconds)

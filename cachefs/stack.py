@@ -129,8 +129,8 @@ class Stack:
         self.cache.accounts.tick(self.cache.clock())
         self.savings.account(self.cache.reads_hit, self.io.speed.latency_seconds)
 
-    def statistics(self, kernel_cache: str, durations: dict[str, HistogramSnapshot]) -> Statistics:
-        """A snapshot; what is above, the kernel's mode and the durations of requests, is passed in."""
+    def statistics(self, kernel_cache: str, durations: dict[str, HistogramSnapshot], ready_seconds: float) -> Statistics:
+        """A snapshot; what is above, the kernel's mode and the session's figures, is passed in."""
         self.tick()
         return Statistics(
             mountpoint=self.config.mountpoint,
@@ -146,6 +146,7 @@ class Stack:
             filesystem=FileSystemStatistics(
                 durations=durations,
                 saved_seconds=self.savings.seconds,
+                ready_seconds=ready_seconds,
                 open_handles=len(self.files.handles),
                 known_inodes=len(self.table),
                 open_descriptors=len(self.descriptors) + self.files.data.count,

@@ -158,6 +158,7 @@ class FileSystemStatistics:
 
     durations: Mapping[str, HistogramSnapshot]  # {FUSE op: ...}
     saved_seconds: float  # read requests that hit, times the backing's latency then
+    ready_seconds: float  # for which idle processors were kept ready
     open_handles: int
     known_inodes: int
     open_descriptors: int

@@ -23,6 +23,7 @@ from pyfuse3 import FUSEError
 from cachefs.fs import FileSystem
 from cachefs.statistics import Histogram
 from cachefs.transport import wire
+from cachefs.transport.cpulatency import CpuLatency
 from cachefs.transport.dispatch import Answer, Dispatch, WireOperations
 from cachefs.transport.negotiate import REQUEST_MAX_BYTES
 from cachefs.transport.quick import Quick
@@ -40,10 +41,19 @@ GONE = (errno.ENOENT, errno.ENODEV, errno.EPERM, errno.ECONNABORTED)  # nobody w
 
 
 class Lane:
-    """Serves one mount whose INIT has been answered, on `fd`, which it owns."""
+    """Serves one mount whose INIT has been answered, on `fd`, which it owns.
+
+    `cpu_latency`: idle processors may be kept ready while requests come one after another.
+    """
 
     def __init__(
-        self, fd: int, fs: FileSystem, kernel_cache: str, ttl_seconds: float, begun: Callable[[], None] = lambda: None
+        self,
+        fd: int,
+        fs: FileSystem,
+        kernel_cache: str,
+        ttl_seconds: float,
+        begun: Callable[[], None] = lambda: None,
+        cpu_latency: bool = True,
     ) -> None:
         os.set_blocking(fd, False)
         self.fd = fd
@@ -55,7 +65,7 @@ class Lane:
         self._files = operations.files
         self._read_durations: Histogram = operations.durations["read"]
         self._write_durations: Histogram = operations.durations["write"]
-        self._waiting = Waiting(fd)
+        self._waiting = Waiting(fd, CpuLatency(cpu_latency))
         self._turn_ends = 0.0  # when other tasks have theirs
         self._workers = 0
         self._idle: list[trio.lowlevel.Task] = []  # workers with nothing to do, the latest last
@@ -75,6 +85,10 @@ class Lane:
                 self.begun()
         finally:
             self._waiting.stop()
+
+    @property
+    def ready_seconds(self) -> float:
+        return self._waiting.latency.seconds
 
     def terminate(self) -> None:
         """Reads no more requests."""
@@ -108,6 +122,8 @@ class Lane:
         buffer = _buffer(self._workers)
         vector, body, unpack = [buffer], memoryview(buffer)[HEADER_BYTES:], REQUEST.unpack_from
         quick, fd, clock, readv = self._quick, self.fd, time.perf_counter, os.readv
+        waiting, expect = self._waiting, self._waiting.expect
+        empty = False  # whether there was none lately: then to ask whether there is one costs less than to try
         try:
             while True:
                 try:
@@ -115,9 +131,12 @@ class Lane:
                         await self._give_turn()
                     if self._over:
                         break
+                    if empty and expect():
+                        empty = not waiting.at_once
                     length = readv(fd, vector)
                 except OSError as error:  # mostly there is none
                     length = await self._receive(vector, error)
+                    empty = True
                 if not length:
                     self._end()
                     break
@@ -149,6 +168,8 @@ class Lane:
         elif self._led and self._nursery is not None:
             self._workers += 1
             self._nursery.start_soon(self._work)
+        else:
+            self._waiting.latency.let_go()
 
     async def _wait_for_lead(self) -> bool:
         """By a worker whose request had to wait; False if it is one too many."""

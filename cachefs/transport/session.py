@@ -13,9 +13,15 @@ from cachefs.transport.operations import Operations
 
 
 class Session(Protocol):
-    """What serves the requests of one mount. `durations` has those of each operation."""
+    """What serves the requests of one mount. `durations` has those of each operation.
+
+    `ready_seconds` is for how long it has kept idle processors ready.
+    """
 
     durations: dict[str, Histogram]
+
+    @property
+    def ready_seconds(self) -> float: ...
 
     async def run(self) -> None:
         """Serves until the file system is unmounted or `terminate` was called."""
@@ -35,6 +41,8 @@ class Session(Protocol):
 
 class Pyfuse3Session:
     """libfuse reads and writes, pyfuse3 calls `Operations`."""
+
+    ready_seconds = 0.0
 
     def __init__(
         self,
@@ -79,11 +87,12 @@ def open_session(
     ttl_seconds: float,
     begun: Callable[[], None],
     fast_lane: bool,
+    cpu_latency: bool,
 ) -> Session:
     """The session of a connection just made: the lane if it is wanted. `begun` is called when requests are answered.
 
     We make none of our own: were we killed before it is answered, our thread would wait for ever.
     """
     if fast_lane:
-        return Lane(connection.fuse_fd, fs, kernel_cache, ttl_seconds, begun)
+        return Lane(connection.fuse_fd, fs, kernel_cache, ttl_seconds, begun, cpu_latency)
     return Pyfuse3Session(connection, fs, kernel_cache, ttl_seconds, begun)

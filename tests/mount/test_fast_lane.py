@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from cachefs.transport.cpulatency import DEVICE, DRIVER, limit_microseconds
 from mounts import Factory, Mount, wait_until
 from twin import Twin, opened, outcome
 
@@ -190,3 +191,32 @@ def test_a_killed_reader_takes_nobody_along(mounted: Factory, lane: str) -> None
     reader.wait(60)
     wait_until(lambda: mount.ask("status")["statistics"]["filesystem"]["open_handles"] == 0, "no open file")  # type: ignore[index]
     assert (mount.path / "f").read_bytes() == (mount.source / "f").read_bytes()
+
+
+@pytest.mark.skipif(
+    not os.access(DEVICE, os.W_OK) or limit_microseconds(DRIVER, len(os.sched_getaffinity(0))) is None,
+    reason="processors cannot be kept ready here",
+)
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_processors_are_kept_ready_for_requests_in_a_row_and_for_nothing_else(mounted: Factory, mode: str) -> None:
+    mount = mounted("--cpu-latency", mode)
+    (mount.path / "f").write_bytes(b"x" * MIB)
+
+    def ready_seconds() -> float:
+        seconds: float = mount.ask("status")["statistics"]["filesystem"]["ready_seconds"]  # type: ignore[index]
+        return seconds
+
+    before, start = ready_seconds(), time.monotonic()
+    with opened(mount.path / "f", os.O_RDONLY) as fd:
+        for i in range(2000):
+            os.pread(fd, 4096, i % 256 * 4096)
+    passed = time.monotonic() - start
+    held = ready_seconds() - before
+    if mode == "off":
+        assert held == 0
+        return
+    assert passed / 10 < held < passed + 0.1
+    wait_until(lambda: ready_seconds() == ready_seconds(), 10)
+    still = ready_seconds()
+    time.sleep(0.3)  # in which nothing is to happen
+    assert ready_seconds() == still

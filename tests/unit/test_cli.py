@@ -359,7 +359,9 @@ def a_status() -> dict[str, object]:
             replayed_files=0, set_aside_files=0, lost_bytes=0,
         ),
         conflicts=ConflictStatistics(total=2, recent=(Conflict("d/a", "d/a.conflict-20261122-153000", "theirs", 0.0),)),
-        filesystem=FileSystemStatistics(durations={}, saved_seconds=4000.0, open_handles=1, known_inodes=2, open_descriptors=3),
+        filesystem=FileSystemStatistics(
+            durations={}, saved_seconds=4000.0, ready_seconds=0.0, open_handles=1, known_inodes=2, open_descriptors=3
+        ),
     )  # fmt: skip
     figures = json.loads(json.dumps(dataclasses.asdict(statistics)))
     return {

@@ -42,7 +42,7 @@ def test_a_scrape_of_a_million_pages_costs_under_20_ms(tmp_path: Path) -> None:
             seconds = []
             for _ in range(5):
                 start = time.thread_time()
-                statistics = stack.statistics("off", {})
+                statistics = stack.statistics("off", {}, 0.0)
                 seconds.append(time.thread_time() - start)
             start = time.thread_time()
             text = generate_latest(make_registry(lambda: statistics))

@@ -252,7 +252,7 @@ def test_a_million_pages_of_ten_thousand_files_stall_nobody_for_twenty_milliseco
             async def send(message: Mapping[str, object]) -> None:
                 sent.append(message)
 
-            commands = PictureCommands(scene.picture, lambda: scene.stack.statistics("off", {}))
+            commands = PictureCommands(scene.picture, lambda: scene.stack.statistics("off", {}, 0.0))
             await commands.handlers()["top"]({}, send)
             await commands.handlers()["picture"]({}, send)
             assert sum(len(json.loads(message.get("strips", "[]"))) for message in sent) == FILES - 100

@@ -112,7 +112,7 @@ async def write(stack: Stack, pages: int) -> int:
 def test_a_cache_grows_at_once_and_shrinks_when_unwritten_data_is_written(tmp_path: Path) -> None:
     async def test(stack: Stack, settings: Settings, seen: list[Config]) -> None:
         await settings.apply(to(cache_size="2M", policy="sieve"))
-        statistics = stack.statistics("off", {})
+        statistics = stack.statistics("off", {}, 0.0)
         assert (stack.cache.capacity_pages, statistics.policy, stack.writeback.limit_pages) == (512, "sieve", 128)
         number = await write(stack, 100)
         await settings.apply(to(cache_size="64K"))

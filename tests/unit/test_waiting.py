@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from cachefs.transport import waiting as waiting_module
+from cachefs.transport.cpulatency import CpuLatency
 from cachefs.transport.waiting import LOOK_NS, LOSS, SOON_NS, TRUST_MAX, Patience, Waiting, trio_descriptor
 
 
@@ -54,7 +55,7 @@ def test_on_one_processor_nobody_looks() -> None:
 async def waiter() -> AsyncIterator[tuple[Waiting, int]]:
     """A Waiting on a pipe, and the pipe's other end."""
     ours, theirs = os.pipe()
-    waiting = Waiting(ours)
+    waiting = Waiting(ours, CpuLatency(False))
     await waiting.start()
     try:
         with trio.fail_after(20):
@@ -232,5 +233,103 @@ def test_cancelling_ends_it() -> None:
             with trio.move_on_after(0.05) as scope:
                 await forever(waiting)
             assert scope.cancelled_caught
+
+    trio.run(main)
+
+
+class Ready(CpuLatency):
+    """With no device; what was asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+        self.said: list[str] = []
+
+    @property
+    def usable(self) -> bool:
+        return True
+
+    def hold(self) -> None:
+        if not self.held:
+            self.said.append("hold")
+        self.held = True
+
+    def let_go(self) -> None:
+        if self.held:
+            self.said.append("let go")
+        self.held = False
+
+    def close(self) -> None:
+        self.let_go()
+
+
+@asynccontextmanager
+async def ready_waiter() -> AsyncIterator[tuple[Waiting, int, list[str]]]:
+    async with waiter() as (waiting, fd):
+        waiting.latency = Ready()
+        waiting.patience = Patience(2)
+        yield waiting, fd, waiting.latency.said
+
+
+def test_processors_are_kept_ready_while_requests_come_one_after_another_and_no_longer() -> None:
+    async def main() -> None:
+        async with ready_waiter() as (waiting, fd, said):
+            for _ in range(3):  # the first was met by a deep sleep, which was short
+                os.write(fd, b"x")
+                assert not await waiting.wait()
+                os.read(waiting.fd, 1)
+            assert said == ["hold"]
+            for _ in range(5):
+                os.write(fd, b"x")
+                assert waiting.expect() and waiting.at_once
+                os.read(waiting.fd, 1)
+            assert not waiting.expect()
+            while waiting.latency.held:
+                await waiting.wait()
+            assert said == ["hold", "let go"] and not waiting.patience.trust
+            assert not waiting.expect()
+
+    trio.run(main)
+
+
+def test_requests_that_come_late_let_processors_sleep() -> None:
+    async def main() -> None:
+        async with ready_waiter() as (waiting, fd, said):
+            waiting.patience.trust = TRUST_MAX
+            waiting._since_ns = 1  # a long time ago
+            for i in range(TRUST_MAX // LOSS):
+                assert said == ["hold"][:i]
+                os.write(fd, b"x")
+                assert not await waiting.wait()
+                os.read(waiting.fd, 1)
+                waiting._since_ns = 1
+            assert said == ["hold", "let go"]
+
+    trio.run(main)
+
+
+def test_nobody_is_expected_while_another_task_can_go_on() -> None:
+    async def main() -> None:
+        async with ready_waiter() as (waiting, fd, _), trio.open_nursery() as nursery:
+            waiting.latency.hold()
+            nursery.start_soon(trio.lowlevel.checkpoint)
+            os.write(fd, b"x")
+            assert not waiting.expect()
+            assert await waiting.wait()
+            while not waiting.expect():
+                await waiting.wait()
+
+    trio.run(main)
+
+
+def test_a_deadline_ends_a_light_sleep() -> None:
+    async def main() -> None:
+        async with ready_waiter() as (waiting, _, said), trio.open_nursery() as nursery:
+            waiting.patience.trust = TRUST_MAX
+            waiting.latency.hold()
+            nursery.start_soon(trio.sleep, 0.0005)
+            await trio.lowlevel.checkpoint()
+            while waiting.latency.held:
+                await waiting.wait()
+            assert said == ["hold", "let go"]
 
     trio.run(main)
