@@ -233,11 +233,12 @@ class Files:
         file: CachedFile = handle.inode.file  # type: ignore[assignment]  # a handle's inode has a file
         view = self.cache.lookup(file, offset, size, handle.last_page, handle.account)
         if view is not None:
-            first, last = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
-            handle.last_page = last
-            window = handle.readahead.on_read(first, last - first + 1, False, file.end_page, self.window_pages)
-            if window is not None:
-                self.ahead = (file, window)
+            first, handle.last_page = offset >> PAGE_SHIFT, (offset + size - 1) >> PAGE_SHIFT
+            stop = handle.last_page + 1
+            if handle.readahead.is_event(first, stop):
+                window = handle.readahead.on_read(first, stop - first, False, file.end_page, self.window_pages)
+                if window is not None:
+                    self.ahead = (file, window)
         return view
 
     async def read(self, number: int, offset: int, size: int) -> memoryview | bytes:

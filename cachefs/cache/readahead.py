@@ -96,27 +96,31 @@ class Readahead:
         The window has at most `max_pages` pages, lies in [first, end) and reaches no further than max_pages behind the
         request. Absent pages of the request itself are the caller's business.
         """
-        stop = first + count
-        stream = self._current
-        if not missed:
-            # The hot path: no call, no allocation.
-            self._previous = stop
-            if 0 <= stream.position - first <= 1 and stop <= stream.marker:
-                stream.position = stop
-                return None
-            for stream in self._streams:
-                if 0 <= stream.position - first <= 1:
-                    if stop > stream.marker:
-                        break
-                    stream.position = stop
-                    self._current = stream
-                    return None
-                if first <= stream.marker < stop:
-                    break
-            else:
-                return None  # a random or repeated hit
+        if not missed and not self.is_event(first, first + count):
+            return None
         window = self._on_event(first, count, missed, end, max_pages)
         return Window(window.start, window.size, True) if self.transient and window is not None else window
+
+    def is_event(self, first: int, stop: int) -> bool:
+        """Hears of a hit of pages [first, stop); whether `on_read` has to be asked, as it may start a window.
+
+        The hot path: no call, no allocation.
+        """
+        stream = self._current
+        if 0 <= stream.position - first <= 1 and stop <= stream.marker:
+            self._previous = stream.position = stop
+            return False
+        for stream in self._streams:
+            if 0 <= stream.position - first <= 1:
+                if stop > stream.marker:
+                    return True
+                self._previous = stream.position = stop
+                self._current = stream
+                return False
+            if first <= stream.marker < stop:
+                return True
+        self._previous = stop  # a random or repeated hit
+        return False
 
     def describe(self) -> list[dict[str, int]]:
         """The streams in pages, the one with the latest miss or marker first; for people."""

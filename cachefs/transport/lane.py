@@ -12,9 +12,10 @@ import functools
 import logging
 import mmap
 import os
-import time
 import types
 from collections.abc import Callable, Coroutine, Generator
+from os import writev
+from time import perf_counter
 from typing import Any
 
 import trio
@@ -37,6 +38,7 @@ WORKERS_MAX = 500  # requests under way at once: some hundred that wait for SOUR
 HUGE_WORKERS = 2  # who have a whole huge page each
 IDLE_MAX = 8  # workers kept for the next requests that wait
 HEADER_BYTES = IN_HEADER.size
+OUT_HEADER_BYTES, pack_header = OUT_HEADER.size, OUT_HEADER.pack
 GONE = (errno.ENOENT, errno.ENODEV, errno.EPERM, errno.ECONNABORTED)  # nobody waits for that answer any more
 
 
@@ -121,7 +123,7 @@ class Lane:
         """One worker, the leader at first. Its buffer is its own: a request that waits keeps what it has not used yet."""
         buffer = _buffer(self._workers)
         vector, body, unpack = [buffer], memoryview(buffer)[HEADER_BYTES:], REQUEST.unpack_from
-        quick, fd, clock, readv = self._quick, self.fd, time.perf_counter, os.readv
+        quick, fd, clock, readv = self._quick, self.fd, perf_counter, os.readv
         waiting, expect = self._waiting, self._waiting.expect
         empty = False  # whether there was none lately: then to ask whether there is one costs less than to try
         try:
@@ -198,7 +200,7 @@ class Lane:
     async def _give_turn(self) -> None:
         """To other tasks that can go on."""
         await self._waiting.give_turn()
-        self._turn_ends = time.perf_counter() + TURN_SECONDS
+        self._turn_ends = perf_counter() + TURN_SECONDS
 
     async def _receive(self, vector: list[bytearray | mmap.mmap], problem: OSError) -> int:
         """The length of the next request, which is in `vector` then, after a look that ended in `problem`; 0: there is none."""
@@ -211,7 +213,7 @@ class Lane:
                     error = another
             if isinstance(error, BlockingIOError):
                 if await self._waiting.wait():
-                    self._turn_ends = time.perf_counter() + TURN_SECONDS
+                    self._turn_ends = perf_counter() + TURN_SECONDS
             elif error.errno in (errno.ENODEV, errno.ECONNABORTED):  # unmounted, or told to abort
                 break
             elif error.errno != errno.ENOENT:  # else that one was taken back before we had it
@@ -221,29 +223,29 @@ class Lane:
 
     def _answer_hit(self, unique: int, handle: int, offset: int, size: int) -> bool:
         """Answers a READ whose pages are all here; False, and nothing done, if they are not."""
-        start = time.perf_counter()
+        start, files = perf_counter(), self._files
         try:
-            view = self._files.read_now(handle, offset, size)
+            view = files.read_now(handle, offset, size)
         except KeyError:
             return False
         if view is None:
             return False
         self._answer(unique, view)
-        self._read_durations.observe(time.perf_counter() - start)
-        if self._files.ahead is not None:
-            self._files.prefetch()  # after the reply: to make room could take the pages from under it
+        self._read_durations.observe(perf_counter() - start)
+        if files.ahead is not None:
+            files.prefetch()  # after the reply: to make room could take the pages from under it
         return True
 
     def _answer_write(self, unique: int, handle: int, offset: int, size: int, data: memoryview) -> bool:
         """Answers a WRITE that has nothing to wait for; False, and it is to be done anew, if it has, or cannot be done."""
-        start = time.perf_counter()
+        start = perf_counter()
         try:
             if len(data) != size or not self._files.write_now(handle, offset, data):
                 return False
         except Exception:  # the other way tells what went wrong
             return False
         self._answer(unique, WRITTEN.pack(size, 0))
-        self._write_durations.observe(time.perf_counter() - start)
+        self._write_durations.observe(perf_counter() - start)
         return True
 
     async def _serve(self, opcode: int, request: Request) -> None:
@@ -272,7 +274,7 @@ class Lane:
 
     def _answer(self, unique: int, answer: Answer) -> None:
         try:
-            os.writev(self.fd, (OUT_HEADER.pack(OUT_HEADER.size + len(answer), 0, unique), answer))
+            writev(self.fd, (pack_header(OUT_HEADER_BYTES + len(answer), 0, unique), answer))
         except OSError as error:
             if error.errno not in GONE:
                 log.error("the kernel refuses an answer of %d bytes: %s", len(answer), error.strerror)

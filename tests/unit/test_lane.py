@@ -348,17 +348,13 @@ def test_after_terminate_no_request_is_read_and_those_under_way_are_answered(tmp
 def test_an_answer_that_the_kernel_does_not_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int, words: str
 ) -> None:
-    class RefusingOs:
-        def __getattr__(self, name: str) -> object:
-            return getattr(os, name)
-
-        def writev(self, fd: int, parts: object) -> int:
-            raise OSError(number, os.strerror(number))
+    def refuse(fd: int, parts: object) -> int:
+        raise OSError(number, os.strerror(number))
 
     async def main() -> None:
         async with staged(tmp_path) as stage:
             before = stage.count("statfs")
-            monkeypatch.setattr(lane_module, "os", RefusingOs())
+            monkeypatch.setattr(lane_module, "writev", refuse)
             unique = stage.kernel.send(wire.STATFS)
             if words:
                 assert (await stage.kernel.reply(unique)).errno == errno.EIO

@@ -51,6 +51,8 @@ class S3FIFO(Policy):
         carry = ones & mask
         if carry:
             twos = self._twos.get(key, 0)
+            if carry & twos == mask:  # as often as counts
+                return
             self._ones[key] = (ones ^ mask) | (carry & twos)
             self._twos[key] = twos | carry
         else:
