@@ -69,6 +69,7 @@ PEERS = {
         Peer("cachefs", sys.executable, "", cachefs_command(), "daemon"),
         Peer("cachefs infinite", sys.executable, "", cachefs_command("--metadata-ttl", "1h"), "daemon"),
         Peer("cachefs keep", sys.executable, "", cachefs_command("--kernel-cache", "keep")),
+        Peer("cachefs journal", sys.executable, "", cachefs_command("--durability", "journal")),
         Peer("bindfs direct", "bindfs", "bindfs", lambda s, m, w: ["bindfs", "-f", "-o", "direct_io", str(s), str(m)], "daemon"),
         Peer("bindfs", "bindfs", "bindfs", lambda s, m, w: ["bindfs", "-f", str(s), str(m)]),
         Peer(

@@ -38,13 +38,13 @@ def slow(bench: Run) -> None:
         def turn(number: int, peer: Peer) -> None:
             one_round(bench, number, peer.name, remote, made, ssh_config)
 
-        bench.each("slow", [SSHFS, *bench.peers(("cachefs", "rclone"))], turn)
+        bench.each("slow", [SSHFS, *bench.peers(("cachefs", "cachefs journal", "rclone"))], turn)
         for number in range(bench.rounds):
             bandwidth(bench, number, remote, ssh_config)
 
 
 def one_round(bench: Run, number: int, name: str, remote: Path, made: Path, ssh_config: Path) -> None:
-    work = bench.work / "slow" / name
+    work = bench.work / "slow" / name.replace(" ", "-")
     shutil.rmtree(work, ignore_errors=True)
     run(["sync"])
     with over_sshfs(name, remote, work, ssh_config) as mount:

@@ -182,11 +182,14 @@ class Files:
     async def flush(self, number: int) -> None:
         """close(2): on a backing far away the data goes there now, unless the journal is to be enough.
 
-        Errors are reported to who could write: `cat` has nothing to do with what became of somebody else's data.
+        It is not for a file without a name that may have another one, see `FileSystem.link`. Errors are reported to who could
+        write: `cat` has nothing to do with what became of somebody else's data.
         """
         handle = self.handles[number]
-        if self.io.backing.blocking and self.keeper.synced is None and handle.writable and handle.inode.unwritten:
-            await self.io.ask(self.durability.write_out, handle.inode)
+        inode = handle.inode
+        enough = self.keeper.synced is not None and (inode.made or not inode.unlinked)  # the journal
+        if self.io.backing.blocking and handle.writable and inode.unwritten and not enough:
+            await self.io.ask(self.durability.write_out, inode)
         if handle.writable:
             self.durability.report(handle)
 

@@ -202,10 +202,21 @@ class FileSystem:
     # --- names ---------------------------------------------------------------------------------------------------------
 
     async def link(self, inode: Inode, parent: Inode, name: bytes) -> Inode:
+        """The inode under the new name: the same, but where the backing shows each name as a file of its own (sshfs)."""
+
         def link(fd: int, dirfd: int) -> None:
             self.backing.link(fd, dirfd, name)
 
+        if self.backing.blocking:
+            inode.made = False
+            await self.files.writeback.flush(inode)  # for who reads it by the other name, maybe from the backing
         await self.descriptors.at_two("link", inode, parent, link)
+        if self.backing.blocking:
+            st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
+            if (st.st_dev, st.st_ino) != inode.key:
+                other = self.found(parent, name, st)
+                other.lookups += 1
+                return other
         self.table.name(inode, parent, name)
         self.files.keeper.moved(inode)
         await self.attributes.readopt(inode, st_nlink=inode.st.st_nlink + 1)
@@ -236,6 +247,9 @@ class FileSystem:
     async def _going(self, parent: Inode, name: bytes) -> AsyncIterator[tuple[os.stat_result | None, Inode | None]]:
         """What is under a name that will be removed; if somebody knows it, it is held, to be reached without the name."""
         st, inode = await self._peek(parent, name)
+        if inode is not None and self.backing.blocking and inode.unwritten and not inode.made:
+            # It may have names that the backing does not tell of. What cannot be written goes: nobody could remove the file else.
+            await self.files.durability.write_out(inode)
         async with contextlib.AsyncExitStack() as stack:
             if st is not None and inode is not None and (inode.lookups or inode.opens):
                 with contextlib.suppress(OSError):

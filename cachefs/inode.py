@@ -87,7 +87,7 @@ class Inode:
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
         self.tries = 0  # failures of writeback since it last succeeded
         self._lock: Lock | None = None
-        self.made = False  # by us, as a regular file: so its owner in the backing is who we are there
+        self.made = False  # by us, as a regular file of one name: so its owner in the backing is who we are there
         self.unlinked = False  # its last name is gone, by our doing
         self.losing = 0  # unlinks and renames of ours under way that may take its last name
         self.done, self.durable = 1, 0  # changes of ours that the backing has, and how many of them are durable there

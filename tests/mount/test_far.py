@@ -92,3 +92,38 @@ def test_a_directory_that_was_just_read_is_not_read_again_but_after_changes_made
     (mount.path / "d" / "new").touch()
     (mount.path / "d" / "f7").unlink()
     assert set(os.listdir(mount.path / "d")) == {*names, "new"} - {"f7"}
+
+
+@pytest.mark.parametrize("durability", ["backing", "journal"])
+def test_regression_unwritten_data_of_a_name_that_goes_is_under_the_other_name(durability: str) -> None:
+    """sshfs shows two names of one file as two files of one name each. git gives each of its files its name with link(2)."""
+    data = random.Random(2).randbytes(100_000)
+    with far_mount("--durability", durability, "--dirty-expire", "1h", "--writeback-interval", "1h") as mount:
+        mount.at("temporary").write_bytes(data)
+        os.link(mount.at("temporary"), mount.at("file"))
+        assert mount.at("file").read_bytes() == data, "by its other name"
+        os.unlink(mount.at("temporary"))
+        assert mount.at("file").read_bytes() == data, "by the only one left"
+        with open(mount.at("t2"), "wb") as file:  # open all the time, and written between and afterwards
+            file.write(data)
+            file.flush()
+            os.link(mount.at("t2"), mount.at("f2"))
+            file.write(b"between")
+            file.flush()
+            os.unlink(mount.at("t2"))
+            file.write(b"afterwards")
+        mount.there("a").write_bytes(data)  # two names that somebody else gave
+        os.link(mount.there("a"), mount.there("b"))
+        with open(mount.at("a"), "r+b") as file:
+            file.write(b"ours")
+        os.unlink(mount.at("a"))
+        for name in ("c", "d"):
+            mount.at(name).write_bytes(data)
+        os.link(mount.at("c"), mount.at("e"))
+        with open(mount.at("c"), "r+b") as file:
+            file.write(b"ours")
+        os.rename(mount.at("d"), mount.at("c"))
+        mount.unmount()
+        found = {name: mount.there(name).read_bytes() for name in ("file", "f2", "b", "c", "e")}
+    ours = b"ours" + data[4:]
+    assert found == {"file": data, "f2": data + b"betweenafterwards", "b": ours, "c": data, "e": ours}

@@ -109,8 +109,9 @@ def test_a_hard_link_that_is_left_gets_ours(play: Callable[..., None], tmp_path:
 
 def test_a_copy_lies_beside_a_name_that_the_file_has(play: Callable[..., None], tmp_path: Path) -> None:
     async def test(world: World) -> None:
-        inode, handle = await dirty(world, "first", b"ours")
+        inode, handle = await world.open("first")
         await world.fs.link(inode, world.table.root, b"second")
+        await world.files.write(handle, 0, b"ours")
         (tmp_path / "first").unlink()
         (tmp_path / "first").write_bytes(b"another file")
         (tmp_path / "second").write_bytes(b"theirs")
