@@ -173,6 +173,20 @@ class AttributeCache:
                 self._changed_underneath(inode, file, st)
         inode.unsure = True  # until what the change has made of the file was seen
 
+    def notice_now(self, inode: Inode, fd: int) -> bool:
+        """The same of a local file, in plain code; False, and nothing done, where a version has to be kept."""
+        file = inode.file
+        if file is None:
+            return True
+        if not (file.unwritten and (inode.unsure or inode.unlinked)):
+            st = self.io.call_now("stat", self.io.backing.fstat, fd)
+            if file.unwritten and signature_of(st)[:2] != inode.signature[:2]:
+                return False
+            if not file.unwritten and signature_of(st) != inode.signature:
+                self._changed_underneath(inode, file, st)
+        inode.unsure = True
+        return True
+
     async def readopt(self, inode: Inode, contents: bool = False, **known: int) -> bool:
         """Reads the attributes after a change of our own, again if there was one more meanwhile; whether that worked.
 

@@ -20,7 +20,7 @@ from cachefs.writeback import Writeback
 SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Changes:
     """What setattr is to change; None = leave it."""
 
@@ -51,6 +51,40 @@ class AttributeSetter:
         self.keeper = keeper
         self.attributes = attributes
 
+    def setattr_now(self, inode: Inode, changes: Changes) -> bool:
+        """`setattr` of a local file, but for its size, in plain code; False where it may have to wait: it is done anew then.
+
+        Of changes of several kinds, none is done here: the second may go wrong.
+        """
+        fd, owner = self.descriptors.open_one(inode), (changes.uid, changes.gid) != (None, None)
+        times = (changes.atime_ns, changes.mtime_ns) != (None, None)
+        if fd < 0 or changes.size is not None or owner + times + (changes.mode is not None) != 1 or inode.locked:
+            return False
+        backing, call = self.io.backing, self.io.call_now
+        if owner:
+            call("chown", backing.chown, fd, *(-1 if number is None else number for number in (changes.uid, changes.gid)))
+        elif changes.mode is not None:
+            if changes.mode & SET_ID and inode.unwritten:
+                return False
+            call("chmod", backing.chmod, fd, stat.S_IMODE(changes.mode))
+        elif self._is_being_made(inode):
+            self._keep_times(inode, changes.atime_ns, changes.mtime_ns)
+            return True
+        elif not self.attributes.notice_now(inode, fd):
+            return False
+        else:
+            self.keeper.touching(inode, changes.mtime_ns)
+            try:
+                call("utime", backing.utime, fd, changes.atime_ns, changes.mtime_ns)
+            except OSError:
+                self.keeper.changed(inode)  # it is as it was
+                raise
+            self._note_times(inode, changes.atime_ns, changes.mtime_ns)
+        inode.xattrs = NO_XATTRS
+        self.attributes.adopt(inode, call("stat", backing.fstat, fd), times)
+        inode.ctime_shown = (inode.ctime_shown[0], inode.st.st_ctime_ns)
+        return True
+
     async def setattr(self, inode: Inode, changes: Changes, uid: int, gids: frozenset[int] = frozenset()) -> None:
         async with inode.lock:
             if changes.size is not None:
@@ -74,12 +108,15 @@ class AttributeSetter:
 
         Writing it takes away, as chown does, what is not looked at here (file capabilities).
         """
-        if not owner or not self._is_being_made(inode) or inode.st.st_mode & SET_ID:
+        if not (owner and self.attributes.believed(inode) and self._is_being_made(inode)) or inode.st.st_mode & SET_ID:
             return False
         return all(getattr(inode.st, field) == number for field, number in owner.items())
 
     def _is_being_made(self, inode: Inode) -> bool:
-        return inode.made and inode.unwritten and not inode.unlinked and self.attributes.believed(inode)
+        """Whether nobody refuses what is set: times go to the backing with the data then, which sets the mtime anyway."""
+        if not inode.made or not inode.unwritten or inode.unlinked:
+            return False
+        return not self.io.backing.blocking or self.attributes.believed(inode)
 
     async def _chmod(self, inode: Inode, mode: int) -> None:
         if mode & SET_ID and inode.unwritten:
@@ -89,13 +126,8 @@ class AttributeSetter:
         await self.change(inode, "chmod", self.io.backing.chmod, mode, st_mode=stat.S_IFMT(inode.st.st_mode) | mode)
 
     async def _set_times(self, inode: Inode, atime_ns: int | None, mtime_ns: int | None) -> None:
-        """Those of a file just made far away go there with its data, which sets the mtime anyway. Nobody refuses them then."""
         if self._is_being_made(inode):
-            inode.atime_ns = inode.atime_ns if atime_ns is None else atime_ns
-            inode.mtime_ns = inode.mtime_ns if mtime_ns is None else mtime_ns
-            inode.ctime_shown = (inode.st.st_ctime_ns, now_ns(inode))
-            inode.epoch += 1
-            self.keeper.changed(inode)
+            self._keep_times(inode, atime_ns, mtime_ns)
             return
         await self.attributes.notice_locked(inode)
         self.keeper.touching(inode, mtime_ns)
@@ -104,10 +136,22 @@ class AttributeSetter:
         except OSError:
             self.keeper.changed(inode)  # it is as it was
             raise
-        inode.atime_ns = inode.atime_ns if atime_ns is None else None
-        inode.mtime_ns = inode.mtime_ns if mtime_ns is None else mtime_ns
+        self._note_times(inode, atime_ns, mtime_ns)
         times = (("st_atime_ns", atime_ns), ("st_mtime_ns", mtime_ns))
         await self._changed(inode, True, {name: time_ns for name, time_ns in times if time_ns is not None})
+
+    def _keep_times(self, inode: Inode, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """The backing is to have them with the data."""
+        inode.atime_ns = inode.atime_ns if atime_ns is None else atime_ns
+        inode.mtime_ns = inode.mtime_ns if mtime_ns is None else mtime_ns
+        inode.ctime_shown = (inode.st.st_ctime_ns, now_ns(inode))
+        inode.epoch += 1
+        self.keeper.changed(inode)
+
+    def _note_times(self, inode: Inode, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """The backing has them."""
+        inode.atime_ns = inode.atime_ns if atime_ns is None else None
+        inode.mtime_ns = inode.mtime_ns if mtime_ns is None else mtime_ns
 
     # --- size ----------------------------------------------------------------------------------------------------------
 

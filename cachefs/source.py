@@ -18,7 +18,7 @@ READS_MAX = 3  # of a range that comes back short although the file goes on
 LEASE_PATIENCE_SECONDS = 0.03  # for somebody who has the file open in SOURCE: most are done by then
 CONFLICTS_IN_A_ROW = 3  # versions of others that are kept before a batch gives up and is tried again later
 AT_ONCE_BYTES, AT_ONCE_EXTENTS = 64 << 10, 16  # a batch of no more goes to a local file with no thread, which would cost more
-SLOW_SECONDS, CAREFUL_SECONDS = 0.002, 1.0  # once that took long, all go to threads for a while: hits are not to wait for a disk
+SLOW_SECONDS, CAREFUL_TIMES = 0.002, 50  # once that took long, all go to threads for so many times longer: hits wait for no disk
 START_SYNC_BYTES = 1 << 20  # extents from this size on go to the disk at once, or all of a long write would be left to fsync
 DEAD = GONE | {errno.EIO, errno.EBADF, errno.ESTALE}  # what descriptors of a lost connection give
 
@@ -53,7 +53,7 @@ class DataDescriptors:
     def took(self, seconds: float) -> None:
         """How long such a batch was under way."""
         if seconds > SLOW_SECONDS:
-            self._careful_until = time.perf_counter() + CAREFUL_SECONDS
+            self._careful_until = time.perf_counter() + CAREFUL_TIMES * seconds
 
     async def reader(self, inode: Inode) -> int:
         if inode.reader < 0:

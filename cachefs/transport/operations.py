@@ -65,6 +65,17 @@ def caller(ctx: RequestContext) -> Caller:
     return Caller(ctx.uid, ctx.gid, ctx.umask, frozenset((ctx.gid,)), ctx.pid)
 
 
+def changes_in(attr: EntryAttributes, fields: SetattrFields) -> Changes:
+    return Changes(
+        mode=attr.st_mode if fields.update_mode else None,
+        uid=attr.st_uid if fields.update_uid else None,
+        gid=attr.st_gid if fields.update_gid else None,
+        size=attr.st_size if fields.update_size else None,
+        atime_ns=attr.st_atime_ns if fields.update_atime else None,
+        mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+    )
+
+
 def groups_of(ctx: RequestContext, inode: Inode) -> frozenset[int]:
     """The caller's groups; the supplementary ones cost a look into /proc and are asked for only where they decide anything."""
     if not ctx.uid or inode.st.st_mode & (stat.S_ISGID | stat.S_IXGRP) != stat.S_ISGID:
@@ -181,15 +192,7 @@ class Operations(pyfuse3.Operations):
         self, node: InodeT, attr: EntryAttributes, fields: SetattrFields, fh: FileHandleT | None, ctx: RequestContext
     ) -> EntryAttributes:
         inode = self._inode(node)
-        changes = Changes(
-            mode=attr.st_mode if fields.update_mode else None,
-            uid=attr.st_uid if fields.update_uid else None,
-            gid=attr.st_gid if fields.update_gid else None,
-            size=attr.st_size if fields.update_size else None,
-            atime_ns=attr.st_atime_ns if fields.update_atime else None,
-            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
-        )
-        await self.ask(self.files.setter.setattr, inode, changes, ctx.uid, groups_of(ctx, inode))
+        await self.ask(self.files.setter.setattr, inode, changes_in(attr, fields), ctx.uid, groups_of(ctx, inode))
         return self._entry(inode)
 
     @request

@@ -1,4 +1,4 @@
-"""Requests that a local SOURCE lets us answer at once, in plain code: the frequent ones that only look, or open, or close.
+"""Requests that a local SOURCE lets us answer at once, in plain code: the frequent ones that look, open, close, or set times.
 
 Each is what `Operations` does, less the coroutines on the way. An errno is an answer, too. None says that it has to wait, or went
 wrong: then nothing was done, and it goes the way of all requests.
@@ -11,7 +11,7 @@ from typing import Any
 from cachefs.statistics import Histogram
 from cachefs.transport import wire
 from cachefs.transport.dispatch import DONE, Answer, WireOperations, sized
-from cachefs.transport.operations import groups_of
+from cachefs.transport.operations import changes_in, groups_of
 from cachefs.transport.wire import Request
 
 QuickHandler = Callable[[Request], Answer | int | None]
@@ -27,7 +27,7 @@ class Quick:
             wire.LOOKUP: (self.lookup, "lookup"), wire.GETATTR: (self.getattr, "getattr"), wire.OPEN: (self.open, "open"),
             wire.FLUSH: (self.flush, "flush"), wire.RELEASE: (self.release, "release"),
             wire.OPENDIR: (self.opendir, "opendir"), wire.RELEASEDIR: (self.releasedir, "releasedir"),
-            wire.GETXATTR: (self.getxattr, "getxattr"),
+            wire.SETATTR: (self.setattr, "setattr"), wire.GETXATTR: (self.getxattr, "getxattr"),
         }  # fmt: skip
         local = not operations.fs.backing.blocking
         self.handlers = {opcode: timed(*how, operations.durations) for opcode, how in made.items()} if local else {}
@@ -56,6 +56,13 @@ class Quick:
         if opened.attributes_changed:
             self.operations.forget_quietly(request.node)
         return self.operations._info(opened)
+
+    def setattr(self, request: Request) -> Answer | None:
+        inode, asked = self.table.get(request.node), wire.setattr_in(request.body)
+        fields: Any = asked  # it has what pyfuse3's have
+        if not self.files.setter.setattr_now(inode, changes_in(fields, fields)):
+            return None
+        return wire.attr_out(self.operations._entry(inode))
 
     def flush(self, request: Request) -> Answer | None:
         """Where nothing is to be reported; data goes to a local SOURCE later."""

@@ -215,3 +215,86 @@ def test_far_away_every_request_may_have_to_wait(tmp_path: Path) -> None:
         assert stage.lane._quick == {}
 
     on(tmp_path, main, blocking=True)
+
+
+def setattr_body(**values: int) -> bytes:
+    """Of fuse_setattr_in, with the bits of what is given."""
+    bits = {"mode": wire.SET_MODE, "uid": wire.SET_UID, "gid": wire.SET_GID, "size": wire.SET_SIZE, "atime": wire.SET_ATIME}
+    bits["mtime"] = wire.SET_MTIME
+    valid = sum(bits[name] for name in values)
+    given = [values.get(name, 0) for name in ("size", "atime", "mtime", "mode", "uid", "gid")]
+    size, atime, mtime, mode, uid, gid = given
+    return wire._SETATTR.pack(valid, 0, 0, size, 0, atime, mtime, 0, 0, 0, 0, mode, 0, uid, gid, 0)
+
+
+SETTINGS = {
+    "mode": {"mode": 0o100640}, "owner": {"uid": os.getuid(), "gid": os.getgid()}, "group": {"gid": os.getgid()},
+    "times": {"atime": 1000, "mtime": 2000}, "atime": {"atime": 3000}, "mtime": {"mtime": 4000},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("unwritten", [False, True])
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_attributes_are_set_as_the_long_way_sets_them(tmp_path: Path, kind: str, unwritten: bool) -> None:
+    async def main(stage: Stage) -> None:
+        seen = []
+        for way in ("quick", "slow"):
+            node, handle = await stage.kernel.open(b"f")
+            inode = stage.world.table.get(node)
+            if unwritten:
+                await stage.world.files.write(handle, 0, b"ours")
+            body = setattr_body(**SETTINGS[kind])
+            answer = quick(stage, wire.SETATTR, node, body) if way == "quick" else await slow(stage, wire.SETATTR, node, body)
+            assert answer is not None and answer[wire.ATTR_VALID.size :] == known(inode)
+            shown, st = inode.attributes(), (tmp_path / "f").stat()
+            assert inode.st == st and inode.unwritten == unwritten and not inode.locked
+            own_clock = unwritten and kind not in ("times", "mtime")  # the mtime is that of the write
+            seen.append((st.st_mode, st.st_uid, st.st_atime_ns, shown.size, None if own_clock else shown.mtime_ns))
+            assert inode.signature == (st.st_mtime_ns, st.st_size, st.st_ctime_ns)
+            assert not stage.world.changed, "by others"
+            stage.world.check()
+        assert seen[0] == seen[1]
+        await stage.world.files.fsync(handle, False)
+        assert not unwritten or (tmp_path / "f").read_bytes()[:4] == b"ours"
+        st = (tmp_path / "f").stat()
+        assert kind not in ("times", "mtime") or st.st_mtime == SETTINGS[kind]["mtime"]
+
+    on(tmp_path, main)
+
+
+def test_attributes_that_may_have_to_wait_go_the_long_way(tmp_path: Path) -> None:
+    async def main(stage: Stage) -> None:
+        node, handle = await stage.kernel.open(b"f")
+        inode, before = stage.world.table.get(node), (tmp_path / "f").stat()
+        for values in ({"size": 10}, {"mode": 0o100600, "uid": os.getuid()}, {"mode": 0o100600, "mtime": 5}, {}):
+            assert quick(stage, wire.SETATTR, node, setattr_body(**values)) is None
+        await inode.lock.__aenter__()
+        assert quick(stage, wire.SETATTR, node, setattr_body(mode=0o100600)) is None
+        await inode.lock.__aexit__()
+        await stage.world.files.write(handle, 0, b"ours")
+        assert quick(stage, wire.SETATTR, node, setattr_body(mode=0o104755)) is None, "what is written later takes the bit away"
+        assert (tmp_path / "f").stat() == before
+        (tmp_path / "f").write_bytes(b"theirs")
+        assert quick(stage, wire.SETATTR, node, setattr_body(mtime=5)) is None, "a version is to be kept first"
+        assert (tmp_path / "f").stat().st_mtime != 5
+        await slow(stage, wire.SETATTR, node, setattr_body(mtime=5))
+        assert (tmp_path / "f").stat().st_mtime == 5 and len(list(tmp_path.glob("f.conflict-*"))) == 1
+        await stage.world.files.fsync(handle, False)
+
+    on(tmp_path, main)
+
+
+def test_attributes_that_cannot_be_set_leave_no_trace(tmp_path: Path) -> None:
+    async def main(stage: Stage) -> None:
+        node, handle = await stage.kernel.open(b"f")
+        inode = stage.world.table.get(node)
+        await stage.world.files.write(handle, 0, b"ours")
+        shown = inode.attributes()
+        for op, values in (("utime", {"mtime": 5}), ("chmod", {"mode": 0o100600}), ("chown", {"gid": os.getgid()})):
+            stage.world.backing.set_plan([{"op": op, "errno": "EROFS"}])
+            assert quick(stage, wire.SETATTR, node, setattr_body(**values)) is None
+            assert (await stage.kernel.reply(stage.kernel.send(wire.SETATTR, node, setattr_body(**values)))).errno == errno.EROFS
+        stage.world.backing.set_plan([])
+        assert inode.attributes() == shown
+
+    on(tmp_path, main)
