@@ -208,7 +208,9 @@ class Lane:
         while not self._over:
             if error is None:
                 try:
-                    return os.readv(self.fd, vector)
+                    length = os.readv(self.fd, vector)
+                    self._waiting.found()
+                    return length
                 except OSError as another:
                     error = another
             if isinstance(error, BlockingIOError):

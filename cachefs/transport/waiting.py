@@ -20,6 +20,7 @@ LOOK_NS = 50_000  # how long one look lasts: programs that read on come back wit
 SOON_NS = 2 * LOOK_NS  # asleep for less than that, waking included: a look would have met the request
 TRUST_MAX = 8
 LOSS = 2  # for a look in vain
+READY_TRUST = 3  # before processors are kept ready: each change of that wakes all idle ones up
 READY_SECONDS = 0.002  # how long processors stay ready for a request that does not come
 LOOKS = range(14)  # before a light sleep: a program that reads on at once is back sooner than one falls asleep and wakes up
 READY_SOON_NS = 500_000  # the time between two requests for which that pays
@@ -121,11 +122,14 @@ class Waiting:
                 self.at_once = not i
                 return True
         self.at_once = False
-        self._since_ns = self._since_ns or time.perf_counter_ns()
-        if not self._is_request(self._sleep_lightly()):
-            return False
+        self._since_ns = time.perf_counter_ns()
+        ready = self._sleep_lightly()
         self._since_ns = 0
-        return True
+        return self._is_request(ready)
+
+    def found(self) -> None:
+        """There is a request: the waiting for the next one has not begun."""
+        self._since_ns = 0
 
     async def wait(self) -> bool:
         """Until `fd` may be readable, or other tasks have had a turn; whether they had."""
@@ -138,16 +142,14 @@ class Waiting:
             if not ready:
                 await self._sleep_in_trio()
                 return True
-        elif not self.patience.trust:
+        elif self.patience.trust < (READY_TRUST if self.latency.usable else 1):
             ready = self._sleep_deeply()
         elif self.latency.usable:
             ready = self._sleep_lightly()
         else:
             ready = self._look() or self._sleep()
-        if self._is_request(ready):
-            self._since_ns = 0
-            if len(ready) == 1:
-                return False
+        if len(ready) == 1 and self._is_request(ready):
+            return False
         await trio.lowlevel.checkpoint()
         return True
 
@@ -174,7 +176,7 @@ class Waiting:
             self.patience.met()
         else:
             self.patience.in_vain()
-        if not self.patience.trust:
+        if self.patience.trust < READY_TRUST:
             self.latency.let_go()
         return ready
 

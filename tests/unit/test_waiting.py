@@ -13,7 +13,7 @@ import trio
 
 from cachefs.transport import waiting as waiting_module
 from cachefs.transport.cpulatency import CpuLatency
-from cachefs.transport.waiting import LOOK_NS, LOSS, SOON_NS, TRUST_MAX, Patience, Waiting, trio_descriptor
+from cachefs.transport.waiting import LOOK_NS, LOSS, READY_TRUST, SOON_NS, TRUST_MAX, Patience, Waiting, trio_descriptor
 
 
 def test_looking_begins_after_a_short_sleep_and_ends_after_looks_in_vain() -> None:
@@ -148,6 +148,12 @@ def written_later(fd: int, seconds: float) -> threading.Thread:
     return thread
 
 
+def take(waiting: Waiting) -> None:
+    """The request that was waited for, as the lane does."""
+    os.read(waiting.fd, 1)
+    waiting.found()
+
+
 @pytest.mark.usefixtures("either")
 def test_it_wakes_when_there_is_something_to_read() -> None:
     async def main() -> None:
@@ -214,14 +220,14 @@ def test_it_looks_while_requests_come_at_once_and_stops_when_they_do_not() -> No
             for _ in range(20):
                 os.write(fd, b"x")
                 assert not await waiting.wait()
-                os.read(waiting.fd, 1)
+                take(waiting)
             assert waiting.patience.trust == TRUST_MAX
             for _ in range(10):
                 thread = written_later(fd, 0.01)
                 while not waiting._poller.poll(0):
                     await waiting.wait()
                 thread.join()
-                os.read(waiting.fd, 1)
+                take(waiting)
             assert not waiting.patience.trust
 
     trio.run(main)
@@ -273,10 +279,11 @@ async def ready_waiter() -> AsyncIterator[tuple[Waiting, int, list[str]]]:
 def test_processors_are_kept_ready_while_requests_come_one_after_another_and_no_longer() -> None:
     async def main() -> None:
         async with ready_waiter() as (waiting, fd, said):
-            for _ in range(3):  # the first was met by a deep sleep, which was short
+            for i in range(READY_TRUST + 2):  # the first ones are met by deep sleeps, which are short
+                assert said == ["hold"][: i > READY_TRUST]
                 os.write(fd, b"x")
                 assert not await waiting.wait()
-                os.read(waiting.fd, 1)
+                take(waiting)
             assert said == ["hold"]
             for _ in range(5):
                 os.write(fd, b"x")
@@ -296,11 +303,11 @@ def test_requests_that_come_late_let_processors_sleep() -> None:
         async with ready_waiter() as (waiting, fd, said):
             waiting.patience.trust = TRUST_MAX
             waiting._since_ns = 1  # a long time ago
-            for i in range(TRUST_MAX // LOSS):
+            for i in range(-(-(TRUST_MAX - READY_TRUST + 1) // LOSS)):
                 assert said == ["hold"][:i]
                 os.write(fd, b"x")
                 assert not await waiting.wait()
-                os.read(waiting.fd, 1)
+                take(waiting)
                 waiting._since_ns = 1
             assert said == ["hold", "let go"]
 
@@ -331,5 +338,28 @@ def test_a_deadline_ends_a_light_sleep() -> None:
             while waiting.latency.held:
                 await waiting.wait()
             assert said == ["hold", "let go"]
+
+    trio.run(main)
+
+
+def test_regression_the_waiting_for_a_request_begins_when_the_one_before_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by a look after another task's turn, it left the clock running, and the next one counted as late."""
+    monkeypatch.setattr(waiting_module, "READY_SECONDS", 10.0)
+    monkeypatch.setattr(waiting_module, "READY_SOON_NS", 1_000_000_000)
+
+    async def main() -> None:
+        async with ready_waiter() as (waiting, fd, said), trio.open_nursery() as nursery:
+            waiting.patience.trust = TRUST_MAX
+            nursery.start_soon(trio.sleep, 0.001)
+            await trio.lowlevel.checkpoint()
+            while not await waiting.wait():  # until others have had their turn
+                pass
+            waiting._since_ns -= 2_000_000_000  # they took long
+            os.write(fd, b"x")
+            take(waiting)
+            os.write(fd, b"x")
+            assert not await waiting.wait()
+            take(waiting)
+            assert said == ["hold"] and waiting.patience.trust == TRUST_MAX
 
     trio.run(main)
