@@ -206,7 +206,7 @@ class Conflicts:
         for parent, name in list(inode.names):
             try:
                 st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
-                is_it = (st.st_dev, st.st_ino) == inode.key
+                is_it = inode.is_called(st)
             except OSError:
                 is_it = False
             (right if is_it else stale).append((parent, name))

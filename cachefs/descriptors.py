@@ -6,12 +6,13 @@ or else through a known name relative to the parent's descriptor; in either case
 
 import errno
 import os
+import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from cachefs.backingio import BackingIO
-from cachefs.inode import Inode, InodeTable
+from cachefs.inode import Inode, InodeTable, signature_of
 
 T = TypeVar("T")
 NAMES_CHANGE = frozenset(("create", "mknod", "mkdir", "symlink", "link", "unlink", "rmdir", "rename"))  # in the directory given
@@ -110,10 +111,26 @@ class Descriptors:
                 if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP):
                     raise
                 continue
-            if (st.st_dev, st.st_ino) == inode.key:
+            if self.is_it(inode, st):
                 return fd
             self.io.backing.close(fd)
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def is_it(self, inode: Inode, st: os.stat_result) -> bool:
+        """Whether these attributes, of what is under one of its names, are the inode's.
+
+        A file far away that is open here may have got another number: sshfs gives one anew when the kernel had forgotten the
+        old one. It is told by size and mtime then.
+        """
+        if inode.is_called(st):
+            return True
+        if not (self.io.backing.blocking and inode.opens and stat.S_ISREG(st.st_mode)):
+            return False
+        if signature_of(st)[:2] != inode.signature[:2]:
+            return False
+        if self.table.known(st) is None:
+            self.table.rebind(inode, st)
+        return True
 
     def _close_some(self) -> None:
         """Closes the older quarter of what nobody needs at the moment."""

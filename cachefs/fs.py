@@ -6,8 +6,10 @@ ask has been decided before (the kernel does, by mode bits and ACLs).
 
 import contextlib
 import errno
+import functools
 import math
 import os
+import stat
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -80,7 +82,20 @@ class FileSystem:
             if self.table.named(parent, name) is known:  # else the name was given meanwhile, after this answer
                 self.table.nothing_at(parent, name)
             raise
-        return self.found(parent, name, st)
+        inode = self.found(parent, name, st)
+        if inode.key != (st.st_dev, st.st_ino) and not self.attributes.believed(inode):
+            await self._refresh_alias(inode, st)
+        return inode
+
+    async def _refresh_alias(self, inode: Inode, st: os.stat_result) -> None:
+        """Looks at an inode by the name that the backing knows it best by, or, if that is gone, by the one that has `st`."""
+        try:
+            await self.attributes.refresh(inode)
+        except OSError:
+            self.table.rebind(inode, st)
+            if not inode.fd_busy:
+                self.descriptors.close(inode)
+            self.attributes.absorb(inode, st)
 
     def lookup_known(self, parent: Inode, name: bytes) -> Inode | None:
         """`lookup` from memory, for when the backing does not answer; None if we know of no such name."""
@@ -108,7 +123,8 @@ class FileSystem:
     def found(self, parent: Inode, name: bytes, st: os.stat_result) -> Inode:
         inode = self.table.add(st)
         self.table.name(inode, parent, name)
-        self.attributes.absorb(inode, st)
+        if inode.key == (st.st_dev, st.st_ino):  # else it is looked at by another name
+            self.attributes.absorb(inode, st)
         return inode
 
     @contextlib.asynccontextmanager
@@ -202,21 +218,18 @@ class FileSystem:
     # --- names ---------------------------------------------------------------------------------------------------------
 
     async def link(self, inode: Inode, parent: Inode, name: bytes) -> Inode:
-        """The inode under the new name: the same, but where the backing shows each name as a file of its own (sshfs)."""
+        """Gives the inode one more name. It stays one where the backing shows each name as a file of its own, as sshfs does."""
 
         def link(fd: int, dirfd: int) -> None:
             self.backing.link(fd, dirfd, name)
 
-        if self.backing.blocking:
-            inode.made = False
-            await self.files.writeback.flush(inode)  # for who reads it by the other name, maybe from the backing
+        inode.made = False
+        if self.backing.blocking:  # sshfs remembers for a while what it sees by the new name at first
+            await self.files.writeback.flush(inode)
         await self.descriptors.at_two("link", inode, parent, link)
         if self.backing.blocking:
-            st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
-            if (st.st_dev, st.st_ino) != inode.key:
-                other = self.found(parent, name, st)
-                other.lookups += 1
-                return other
+            with contextlib.suppress(OSError):
+                self.table.alias(inode, await self.descriptors.at("lookup", parent, self.backing.stat, name))
         self.table.name(inode, parent, name)
         self.files.keeper.moved(inode)
         await self.attributes.readopt(inode, st_nlink=inode.st.st_nlink + 1)
@@ -247,9 +260,8 @@ class FileSystem:
     async def _going(self, parent: Inode, name: bytes) -> AsyncIterator[tuple[os.stat_result | None, Inode | None]]:
         """What is under a name that will be removed; if somebody knows it, it is held, to be reached without the name."""
         st, inode = await self._peek(parent, name)
-        if inode is not None and self.backing.blocking and inode.unwritten and not inode.made:
-            # It may have names that the backing does not tell of. What cannot be written goes: nobody could remove the file else.
-            await self.files.durability.write_out(inode)
+        if inode is not None and self.backing.blocking:
+            await self._prepare_for_loss(inode)
         async with contextlib.AsyncExitStack() as stack:
             if st is not None and inode is not None and (inode.lookups or inode.opens):
                 with contextlib.suppress(OSError):
@@ -264,12 +276,62 @@ class FileSystem:
         if inode is not None and inode.unlinked:
             self.drop(inode)
 
+    async def _prepare_for_loss(self, inode: Inode) -> None:
+        """Before a name of a file far away goes that may be its last one."""
+        if inode.opens and inode.is_regular and inode.reader == inode.writer == -1:
+            with contextlib.suppress(OSError):  # nobody could open it afterwards; sshfs, for one, hides what is open
+                await self.files.data.reader(inode)
+        if inode.unwritten and not inode.made and len(inode.names) <= 1:
+            # It may have names that the backing does not tell of. What cannot be written goes: nobody could remove the file else.
+            await self.files.durability.write_out(inode)
+
+    async def _has_another_name(self, inode: Inode) -> bool:
+        """Of a file on a backing that counts no links: whether a name that it was given is still there; by that it goes on."""
+        inode.busy += 1  # its descriptors stay
+        try:
+            for parent, name in list(inode.names):
+                with contextlib.suppress(OSError):
+                    st = await self.descriptors.at("open", parent, functools.partial(self._go_on_by, inode), name)
+                    if st is not None:
+                        self.table.rebind(inode, st)
+                        self.files.keeper.rebound(inode)
+                        return True
+            return False
+        finally:
+            inode.busy -= 1
+
+    def _go_on_by(self, inode: Inode, dirfd: int, name: bytes) -> os.stat_result | None:
+        """Has the inode's descriptors lead to the file by another name, in a thread; None if that is not its name."""
+        fd, st = self.backing.open_stat(dirfd, name, os.O_PATH)
+        try:
+            if not inode.is_called(st) or (st.st_dev, st.st_ino) == inode.key:
+                return st if inode.is_called(st) else None
+            with contextlib.suppress(OSError):  # sshfs would show what it saw by this name last, before writes by the other one
+                self.backing.chmod(fd, stat.S_IMODE(st.st_mode))
+            for own, flags in {inode.reader: os.O_RDONLY, inode.writer: os.O_RDWR}.items():
+                if own >= 0:
+                    with contextlib.suppress(OSError):
+                        self._redirect(own, self.backing.open(dirfd, name, flags))
+            if inode.fd >= 0:
+                self.backing.redirect(inode.fd, fd)
+            return self.backing.fstat(fd)
+        finally:
+            self.backing.close(fd)
+
+    def _redirect(self, fd: int, to: int) -> None:
+        try:
+            self.backing.redirect(fd, to)
+        finally:
+            self.backing.close(to)
+
     async def _lost_a_name(self, inode: Inode, before: os.stat_result | None) -> None:
         """A name is gone. With the last one the file lives on only in open handles, and unwritten data with nobody to read it."""
         if await self.attributes.readopt(inode):
             gone = inode.st.st_nlink == 0
         else:  # nobody knows: data that may still have a name is not to be thrown away
             gone = before is None or before.st_nlink <= 1 or inode.is_dir
+        if self.backing.blocking and inode.names and await self._has_another_name(inode):
+            gone = False
         if gone:
             inode.unlinked = True
             self.files.keeper.forget(inode)
@@ -290,6 +352,8 @@ class FileSystem:
                 await self.descriptors.at_two("rename", parent, new_parent, rename)
                 if st is not None and target_st is not None and (st.st_dev, st.st_ino) == (target_st.st_dev, target_st.st_ino):
                     return  # two names of one file: nothing happens
+                if inode is not None and inode is target:
+                    return
                 self._exchange_names(inode, old, target, new, exchanged)
             if target is not None and not exchanged:
                 await self._lost_a_name(target, target_st)
@@ -315,12 +379,15 @@ class FileSystem:
         """Unwritten files that a rename is about to give other paths can be found under both inside."""
         if inode is None:
             return contextlib.nullcontext()
-        moving = tuple(self.writeback.dirty) if inode.is_dir else (inode,)
-        return self.files.keeper.moving(moving, old, new)
+        return self.files.keeper.moving(self._journaled_below(inode), old, new)
 
     def _moved(self, inode: Inode) -> None:
-        for moved in self.writeback.dirty if inode.is_dir else (inode,):
+        for moved in self._journaled_below(inode):
             self.files.keeper.moved(moved)
+
+    def _journaled_below(self, inode: Inode) -> tuple[Inode, ...]:
+        """The file, or what the journal may know by a path that a directory is part of."""
+        return (*self.writeback.dirty, *self.files.keeper.written_back) if inode.is_dir else (inode,)
 
     # --- the rest ------------------------------------------------------------------------------------------------------
 

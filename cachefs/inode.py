@@ -43,6 +43,9 @@ def patched(st: os.stat_result, **fields: int) -> os.stat_result:
     return os.stat_result(values, named)
 
 
+Key = tuple[int, int]  # st_dev and st_ino: who a file is
+
+
 class Inode:
     """One file, directory or whatever else of the backing.
 
@@ -51,15 +54,17 @@ class Inode:
     """
 
     __slots__ = (
-        "_lock", "advice", "atime_ns", "busy", "changes", "changes_told", "checked_at", "children", "ctime_shown", "done",
-        "doubtful", "durable", "epoch", "error_count", "error_errno", "fd", "fd_busy", "file", "handle", "journaled", "kept",
-        "key", "listed", "lookups", "losing", "made", "mtime_ns", "names", "node", "noticed", "opens", "reader", "retry_at",
-        "retry_seconds", "signature", "st", "target", "tries", "unlinked", "unsure", "writer", "xattrs",
+        "_lock", "advice", "aliases", "atime_ns", "busy", "changes", "changes_told", "checked_at", "children", "counted",
+        "ctime_shown", "done", "doubtful", "durable", "epoch", "error_count", "error_errno", "fd", "fd_busy", "file", "handle",
+        "journaled", "kept", "key", "listed", "lookups", "losing", "made", "mtime_ns", "names", "node", "noticed", "opens",
+        "reader", "retry_at", "retry_seconds", "signature", "st", "target", "tries", "unlinked", "unsure", "writer", "xattrs",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
         self.node = node  # what the kernel calls it
         self.key = (st.st_dev, st.st_ino)
+        self.aliases: frozenset[Key] = frozenset()  # what the backing calls it by names that we gave it, see `FileSystem.link`
+        self.counted = False  # by us are its names: the backing shows each as a file of its own
         self.names: dict[tuple[Inode, bytes], None] = {}  # {(parent, name)}, oldest first; the root has none
         self.lookups = self.opens = self.children = 0
         self.kept = 0  # reasons to keep it known although nobody uses it: pins, an advice
@@ -106,6 +111,11 @@ class Inode:
     def locked(self) -> bool:
         return self._lock is not None and self._lock.locked()
 
+    def is_called(self, st: os.stat_result) -> bool:
+        """Whether the backing calls it so, by one of its names."""
+        key = (st.st_dev, st.st_ino)
+        return key == self.key or key in self.aliases
+
     @property
     def unsynced(self) -> bool:
         """Whether the backing may have something of it that is not durable there."""
@@ -131,6 +141,8 @@ class Inode:
     def attributes(self) -> "Attributes":
         """What programs are to see: the backing's attributes, but for what they wrote and we have not."""
         st, file = self.st, self.file
+        if self.counted and st.st_nlink < len(self.names):
+            st = patched(st, st_nlink=len(self.names))
         if file is None:
             return Attributes(st, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
         theirs, shown = self.ctime_shown
@@ -249,8 +261,7 @@ class InodeTable:
             if self._by_node.get(inode.node) is not inode:  # dropped before; the number may be another file's by now
                 break
             del self._by_node[inode.node]
-            if self._by_key.get(inode.key) is inode:
-                del self._by_key[inode.key]
+            self._forget_keys(inode)
             dropped.append(inode)
             parents = [parent for parent, _ in inode.names]
             for parent, name in list(inode.names):
@@ -264,13 +275,29 @@ class InodeTable:
 
     def renumbered(self, inode: Inode) -> None:
         """The file is gone and its number may come back as another file's: that one will get an inode of its own."""
-        if self._by_key.get(inode.key) is inode:
-            del self._by_key[inode.key]
+        self._forget_keys(inode)
+        inode.aliases = frozenset()
+
+    def _forget_keys(self, inode: Inode) -> None:
+        for key in (inode.key, *inode.aliases):
+            if self._by_key.get(key) is inode:
+                del self._by_key[key]
+
+    def alias(self, inode: Inode, st: os.stat_result) -> None:
+        """The backing shows another name of the inode as a file of its own, with these attributes."""
+        key = (st.st_dev, st.st_ino)
+        if key != inode.key and self._by_key.setdefault(key, inode) is inode:
+            inode.aliases |= {key}
+            inode.counted = True
 
     def rebind(self, inode: Inode, st: os.stat_result) -> None:
         """The inode is another file of the backing from now on; for the kernel, and whoever has it open, it is the same."""
+        aliases = inode.aliases
         self.renumbered(inode)
         inode.key = (st.st_dev, st.st_ino)
+        if inode.key in aliases:  # it was this all the time
+            inode.aliases = aliases - {inode.key}
+            self._by_key |= dict.fromkeys(inode.aliases, inode)
         self._by_key[inode.key] = inode  # one that was found there meanwhile is an inode of its own, as if it were gone
 
     def check(self) -> None:

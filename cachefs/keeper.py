@@ -39,6 +39,7 @@ class Keeper:
         self.journal: Journal | None = None
         self.synced: Synced | None = None  # with --durability journal: what fsync has made durable there
         self.retiring: set[Inode] = set()  # written back, and named by `synced` still
+        self._under_way: set[Inode] = set()  # those that `retire` is about to let go of
         self.make_durable: Callable[[Iterable[Inode]], Awaitable[object]] = _nothing_is_durable  # has the backing do that
         self._syncing = trio.Lock()
         self._moves: list[tuple[Name, Name]] = []  # renames under way: from, to
@@ -193,6 +194,18 @@ class Keeper:
         self.retiring.clear()
         if journal is None or self.synced is None or not retiring:
             return
+        self._under_way.update(retiring)
+        try:
+            await self._let_go(journal, self.synced, retiring)
+        finally:
+            self._under_way.difference_update(retiring)
+
+    @property
+    def written_back(self) -> set[Inode]:
+        """Files that have a record with nothing to be written."""
+        return self.retiring | self._under_way
+
+    async def _let_go(self, journal: Journal, synced: Synced, retiring: list[Inode]) -> None:
         old = [(inode, kept, set(kept.synced)) for inode in retiring if (kept := inode.journaled) is not None]
         try:
             await self.make_durable(retiring)
@@ -202,7 +215,7 @@ class Keeper:
             return
         async with self._syncing:
             same = [(inode, kept) for inode, kept, entries in old if kept.synced == entries and not kept.cover]
-            await self._unsync(journal, self.synced, same)
+            await self._unsync(journal, synced, same)
 
     async def close(self) -> None:
         """The end. The journal's files are removed if the backing has everything, and has it durably if that was promised."""

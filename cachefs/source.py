@@ -141,8 +141,9 @@ class DataDescriptors:
                 raise
             except OSError:
                 break
-            if (st.st_dev, st.st_ino) == inode.key and stat.S_ISREG(st.st_mode):
-                self.looked(inode, st)
+            if stat.S_ISREG(st.st_mode) and self.descriptors.is_it(inode, st):
+                if (st.st_dev, st.st_ino) == inode.key:
+                    self.looked(inode, st)
                 return fd
             self.io.close(fd)
             break

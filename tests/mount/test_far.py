@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from cachefs.walk import FILES_FIRST
 from far import FarMount, far_mount
-from mounts import wait_until
+from mounts import DEADLINE_SECONDS, wait_until
 
 pytestmark = pytest.mark.mount
 
@@ -94,6 +96,15 @@ def test_a_directory_that_was_just_read_is_not_read_again_but_after_changes_made
     assert set(os.listdir(mount.path / "d")) == {*names, "new"} - {"f7"}
 
 
+def killed_and_mounted_again(mount: FarMount, fd: int) -> None:
+    mount.process.kill()
+    mount.process.wait(DEADLINE_SECONDS)
+    subprocess.run(["fusermount3", "-uz", str(mount.path)], check=True, timeout=DEADLINE_SECONDS)
+    with contextlib.suppress(OSError):
+        os.close(fd)
+    mount.start()
+
+
 @pytest.mark.parametrize("durability", ["backing", "journal"])
 def test_regression_unwritten_data_of_a_name_that_goes_is_under_the_other_name(durability: str) -> None:
     """sshfs shows two names of one file as two files of one name each. git gives each of its files its name with link(2)."""
@@ -127,3 +138,90 @@ def test_regression_unwritten_data_of_a_name_that_goes_is_under_the_other_name(d
         found = {name: mount.there(name).read_bytes() for name in ("file", "f2", "b", "c", "e")}
     ours = b"ours" + data[4:]
     assert found == {"file": data, "f2": data + b"betweenafterwards", "b": ours, "c": data, "e": ours}
+
+
+@pytest.mark.parametrize("durability", ["backing", "journal"])
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_regression_a_file_open_to_be_read_and_never_read_before_outlives_its_name(durability: str, how: str) -> None:
+    """It was to be opened at SOURCE when first needed. sshfs keeps what is open, and knows of no O_PATH."""
+    data = random.Random(3).randbytes(150_000)
+    with far_mount("--durability", durability) as mount:
+        mount.there("f").write_bytes(data)
+        mount.there("new").write_bytes(b"new")
+        os.stat(mount.at("f"))
+        with open(mount.at("f"), "rb", buffering=0) as file:
+            if how == "removed":
+                os.unlink(mount.at("f"))
+            else:
+                os.rename(mount.at("new"), mount.at("f"))
+            assert os.fstat(file.fileno()).st_size == len(data)
+            assert os.pread(file.fileno(), len(data), 0) == data
+
+
+def test_regression_a_directory_that_is_renamed_takes_along_files_that_are_written_back_and_not_let_go_of() -> None:
+    """The journal had the old path of a file that its durable index still named, and put what was fsynced next aside."""
+    with far_mount("--durability", "journal", "--dirty-expire", "100ms", "--writeback-interval", "50ms") as mount:
+        mount.announce("recovered")
+        os.mkdir(mount.at("d"))
+        fd = os.open(mount.at("d/c"), os.O_RDWR | os.O_CREAT)
+        os.write(fd, b"1" * 5000)
+        os.fsync(fd)
+        wait_until(lambda: (mount.there("d/c").exists() and mount.there("d/c").stat().st_size == 5000), "it is written back")
+        os.rename(mount.at("d"), mount.at("e"))
+        os.pwrite(fd, b"2" * 5000, 0)
+        os.fsync(fd)
+        killed_and_mounted_again(mount, fd)
+        assert mount.there("e/c").read_bytes() == b"2" * 5000
+        assert not mount.figures()["journal"]["set_aside_files"]
+
+
+@pytest.mark.parametrize("durability", ["backing", "journal"])
+def test_regression_two_names_given_here_are_one_file(durability: str) -> None:
+    """sshfs tells times in seconds, so that two inodes would not notice each other's writes."""
+    with far_mount("--durability", durability, "--metadata-ttl", "0") as mount:
+        a, b = mount.at("a"), mount.at("b")
+        a.write_bytes(b"A" * 100)
+        os.link(a, b)
+        assert b.read_bytes() == b"A" * 100
+        with open(a, "r+b") as file:
+            file.write(b"B" * 50)
+        assert b.read_bytes() == a.read_bytes() == b"B" * 50 + b"A" * 50
+        assert os.stat(a).st_ino == os.stat(b).st_ino
+        with open(b, "r+b") as file:
+            file.seek(50)
+            file.write(b"C" * 10)
+        os.unlink(a)
+        os.link(b, mount.at("c"))
+        os.rename(b, mount.at("d"))
+        with open(mount.at("c"), "ab") as file:
+            file.write(b"D")
+        expected = b"B" * 50 + b"C" * 10 + b"A" * 40 + b"D"
+        assert mount.at("d").read_bytes() == expected
+        mount.unmount()
+        assert {path.name: path.read_bytes() for path in mount.sshfs.remote.iterdir()} == {"c": expected, "d": expected}
+
+
+@pytest.mark.parametrize("durability", ["backing", "journal"])
+def test_regression_what_is_written_by_a_handle_whose_first_name_is_gone_outlives_a_kill(durability: str) -> None:
+    with far_mount("--durability", durability, "--dirty-expire", "1h", "--writeback-interval", "1h") as mount:
+        fd = os.open(mount.at("t"), os.O_RDWR | os.O_CREAT)
+        os.write(fd, b"1" * 5000)
+        os.link(mount.at("t"), mount.at("f"))
+        os.unlink(mount.at("t"))
+        os.write(fd, b"2" * 5000)
+        killed_and_mounted_again(mount, fd)
+        assert mount.there("f").read_bytes() == b"1" * 5000 + b"2" * 5000
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes the kernel forget names of a mount")
+def test_regression_an_open_file_that_got_another_number_is_still_found() -> None:
+    with far_mount() as mount:
+        for name in "ab":
+            mount.there(name).write_bytes(b"x" * 50_000)
+            os.stat(mount.at(name))
+        with open(mount.at("a"), "rb", buffering=0) as unread, open(mount.at("b"), "rb", buffering=0) as known:
+            before = os.stat(mount.sshfs.near / "a").st_ino
+            subprocess.run(["mount", "-i", "-o", "remount,rw", str(mount.sshfs.near)], check=True, timeout=30)
+            assert os.stat(mount.sshfs.near / "a").st_ino != before
+            assert os.pread(unread.fileno(), 60_000, 0) == os.pread(known.fileno(), 60_000, 0) == b"x" * 50_000
+            assert os.fstat(unread.fileno()).st_size == os.fstat(known.fileno()).st_size == 50_000

@@ -470,3 +470,18 @@ def test_a_directory_is_looked_at_again_before_anybody_asks(tmp_path: Path) -> N
         assert world.table.root.st.st_mtime_ns == os.stat(tmp_path).st_mtime_ns
 
     over(tmp_path, main, True)
+
+
+def test_a_file_that_is_called_otherwise_by_another_name_is_one_inode(tmp_path: Path) -> None:
+    async def main(world: World) -> None:
+        inode, handle = await world.open("a")
+        (tmp_path / "b").touch()  # as the backing shows the other name
+        st = os.stat(tmp_path / "b")
+        world.table.alias(inode, st)
+        assert world.fs.found(world.table.root, b"b", st) is inode
+        assert inode.attributes().st.st_nlink == 2
+        world.table.rebind(inode, st)
+        assert inode.key == (st.st_dev, st.st_ino) and not inode.aliases and world.table.known(st) is inode
+        await world.release(handle)
+
+    over(tmp_path, main, True)
