@@ -120,16 +120,16 @@ class Descriptors:
         """Whether these attributes, of what is under one of its names, are the inode's.
 
         A file far away that is open here may have got another number: sshfs gives one anew when the kernel had forgotten the
-        old one. It is told by size and mtime then.
+        old one. It is told by mode, owner, size and mtime then.
         """
         if inode.is_called(st):
             return True
-        if not (self.io.backing.blocking and inode.opens and stat.S_ISREG(st.st_mode)):
+        if not (self.io.backing.blocking and inode.opens and stat.S_ISREG(st.st_mode)) or self.table.known(st) is not None:
             return False
-        if signature_of(st)[:2] != inode.signature[:2]:
+        seen = (inode.st.st_mode, inode.st.st_uid, inode.st.st_gid, *inode.signature[:2])
+        if (st.st_mode, st.st_uid, st.st_gid, *signature_of(st)[:2]) != seen:
             return False
-        if self.table.known(st) is None:
-            self.table.rebind(inode, st)
+        self.table.rebind(inode, st)
         return True
 
     def _close_some(self) -> None:

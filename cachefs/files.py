@@ -182,7 +182,7 @@ class Files:
     async def flush(self, number: int) -> None:
         """close(2): on a backing far away the data goes there now, unless the journal is to be enough.
 
-        It is not for a file without a name that may have another one, see `FileSystem.link`. Errors are reported to who could
+        It is not for a file without a name that may have another one, see `links.py`. Errors are reported to who could
         write: `cat` has nothing to do with what became of somebody else's data.
         """
         handle = self.handles[number]

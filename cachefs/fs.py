@@ -6,10 +6,8 @@ ask has been decided before (the kernel does, by mode bits and ACLs).
 
 import contextlib
 import errno
-import functools
 import math
 import os
-import stat
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -24,6 +22,7 @@ from cachefs.descriptors import Descriptors
 from cachefs.directories import Directories
 from cachefs.files import Files, Opened
 from cachefs.inode import Inode, InodeTable, Name
+from cachefs.links import Links
 from cachefs.listings import Listings
 from cachefs.writeback import Writeback
 from cachefs.xattrs import ExtendedAttributes
@@ -44,6 +43,7 @@ class FileSystem:
         self.attributes = files.attributes
         self.xattrs = ExtendedAttributes(io, descriptors, writeback, files.setter)
         self.creation = Creation(self)
+        self.links = Links(io, table, descriptors, files)
         self.listings = Listings(files.attributes.ttl_seconds)
         self.directories = Directories(self, files, descriptors, self.listings)
         self._looking: dict[Inode, trio.Event] = {}  # directories whose attributes are being read since we changed names there
@@ -83,19 +83,10 @@ class FileSystem:
                 self.table.nothing_at(parent, name)
             raise
         inode = self.found(parent, name, st)
-        if inode.key != (st.st_dev, st.st_ino) and not self.attributes.believed(inode):
-            await self._refresh_alias(inode, st)
+        if inode.key != (st.st_dev, st.st_ino):
+            other = await self.links.is_another(inode, parent, name, st)
+            inode = inode if other is None else self.found(parent, name, other)
         return inode
-
-    async def _refresh_alias(self, inode: Inode, st: os.stat_result) -> None:
-        """Looks at an inode by the name that the backing knows it best by, or, if that is gone, by the one that has `st`."""
-        try:
-            await self.attributes.refresh(inode)
-        except OSError:
-            self.table.rebind(inode, st)
-            if not inode.fd_busy:
-                self.descriptors.close(inode)
-            self.attributes.absorb(inode, st)
 
     def lookup_known(self, parent: Inode, name: bytes) -> Inode | None:
         """`lookup` from memory, for when the backing does not answer; None if we know of no such name."""
@@ -224,15 +215,14 @@ class FileSystem:
             self.backing.link(fd, dirfd, name)
 
         inode.made = False
-        if self.backing.blocking:  # sshfs remembers for a while what it sees by the new name at first
-            await self.files.writeback.flush(inode)
-        await self.descriptors.at_two("link", inode, parent, link)
         if self.backing.blocking:
-            with contextlib.suppress(OSError):
-                self.table.alias(inode, await self.descriptors.at("lookup", parent, self.backing.stat, name))
+            await self.links.write_first(inode)
+        await self.descriptors.at_two("link", inode, parent, link)
         self.table.name(inode, parent, name)
         self.files.keeper.moved(inode)
         await self.attributes.readopt(inode, st_nlink=inode.st.st_nlink + 1)
+        if self.backing.blocking:
+            await self.links.note(inode, parent, name)
         inode.lookups += 1
         return inode
 
@@ -261,7 +251,7 @@ class FileSystem:
         """What is under a name that will be removed; if somebody knows it, it is held, to be reached without the name."""
         st, inode = await self._peek(parent, name)
         if inode is not None and self.backing.blocking:
-            await self._prepare_for_loss(inode)
+            await self.links.prepare_for_loss(inode)
         async with contextlib.AsyncExitStack() as stack:
             if st is not None and inode is not None and (inode.lookups or inode.opens):
                 with contextlib.suppress(OSError):
@@ -276,61 +266,13 @@ class FileSystem:
         if inode is not None and inode.unlinked:
             self.drop(inode)
 
-    async def _prepare_for_loss(self, inode: Inode) -> None:
-        """Before a name of a file far away goes that may be its last one."""
-        if inode.opens and inode.is_regular and inode.reader == inode.writer == -1:
-            with contextlib.suppress(OSError):  # nobody could open it afterwards; sshfs, for one, hides what is open
-                await self.files.data.reader(inode)
-        if inode.unwritten and not inode.made and len(inode.names) <= 1:
-            # It may have names that the backing does not tell of. What cannot be written goes: nobody could remove the file else.
-            await self.files.durability.write_out(inode)
-
-    async def _has_another_name(self, inode: Inode) -> bool:
-        """Of a file on a backing that counts no links: whether a name that it was given is still there; by that it goes on."""
-        inode.busy += 1  # its descriptors stay
-        try:
-            for parent, name in list(inode.names):
-                with contextlib.suppress(OSError):
-                    st = await self.descriptors.at("open", parent, functools.partial(self._go_on_by, inode), name)
-                    if st is not None:
-                        self.table.rebind(inode, st)
-                        self.files.keeper.rebound(inode)
-                        return True
-            return False
-        finally:
-            inode.busy -= 1
-
-    def _go_on_by(self, inode: Inode, dirfd: int, name: bytes) -> os.stat_result | None:
-        """Has the inode's descriptors lead to the file by another name, in a thread; None if that is not its name."""
-        fd, st = self.backing.open_stat(dirfd, name, os.O_PATH)
-        try:
-            if not inode.is_called(st) or (st.st_dev, st.st_ino) == inode.key:
-                return st if inode.is_called(st) else None
-            with contextlib.suppress(OSError):  # sshfs would show what it saw by this name last, before writes by the other one
-                self.backing.chmod(fd, stat.S_IMODE(st.st_mode))
-            for own, flags in {inode.reader: os.O_RDONLY, inode.writer: os.O_RDWR}.items():
-                if own >= 0:
-                    with contextlib.suppress(OSError):
-                        self._redirect(own, self.backing.open(dirfd, name, flags))
-            if inode.fd >= 0:
-                self.backing.redirect(inode.fd, fd)
-            return self.backing.fstat(fd)
-        finally:
-            self.backing.close(fd)
-
-    def _redirect(self, fd: int, to: int) -> None:
-        try:
-            self.backing.redirect(fd, to)
-        finally:
-            self.backing.close(to)
-
     async def _lost_a_name(self, inode: Inode, before: os.stat_result | None) -> None:
         """A name is gone. With the last one the file lives on only in open handles, and unwritten data with nobody to read it."""
         if await self.attributes.readopt(inode):
             gone = inode.st.st_nlink == 0
         else:  # nobody knows: data that may still have a name is not to be thrown away
             gone = before is None or before.st_nlink <= 1 or inode.is_dir
-        if self.backing.blocking and inode.names and await self._has_another_name(inode):
+        if self.backing.blocking and inode.names and await self.links.has_another_name(inode):
             gone = False
         if gone:
             inode.unlinked = True

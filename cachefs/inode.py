@@ -63,7 +63,7 @@ class Inode:
     def __init__(self, node: int, st: os.stat_result) -> None:
         self.node = node  # what the kernel calls it
         self.key = (st.st_dev, st.st_ino)
-        self.aliases: frozenset[Key] = frozenset()  # what the backing calls it by names that we gave it, see `FileSystem.link`
+        self.aliases: frozenset[Key] = frozenset()  # what the backing calls it by names that we gave it, see `links.py`
         self.counted = False  # by us are its names: the backing shows each as a file of its own
         self.names: dict[tuple[Inode, bytes], None] = {}  # {(parent, name)}, oldest first; the root has none
         self.lookups = self.opens = self.children = 0
@@ -290,12 +290,20 @@ class InodeTable:
             inode.aliases |= {key}
             inode.counted = True
 
+    def unalias(self, inode: Inode, st: os.stat_result) -> None:
+        """What the backing calls so is another file by now."""
+        key = (st.st_dev, st.st_ino)
+        if key in inode.aliases:
+            inode.aliases -= {key}
+            if self._by_key.get(key) is inode:
+                del self._by_key[key]
+
     def rebind(self, inode: Inode, st: os.stat_result) -> None:
         """The inode is another file of the backing from now on; for the kernel, and whoever has it open, it is the same."""
-        aliases = inode.aliases
+        same, aliases = inode.is_called(st), inode.aliases
         self.renumbered(inode)
         inode.key = (st.st_dev, st.st_ino)
-        if inode.key in aliases:  # it was this all the time
+        if same:  # it was this one all the time
             inode.aliases = aliases - {inode.key}
             self._by_key |= dict.fromkeys(inode.aliases, inode)
         self._by_key[inode.key] = inode  # one that was found there meanwhile is an inode of its own, as if it were gone

@@ -1,7 +1,8 @@
 """What a request asks of a backing far away, in a task of its own that goes on when the request has waited long enough."""
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
@@ -81,3 +82,13 @@ class Question(Generic[T]):
 
 
 QUESTION: ContextVar[Question[Any] | None] = ContextVar("question", default=None)
+
+
+@contextmanager
+def unasked() -> Iterator[None]:
+    """For changes that are only preparations: whoever gives up meanwhile has asked for nothing yet."""
+    token = QUESTION.set(None)
+    try:
+        yield
+    finally:
+        QUESTION.reset(token)

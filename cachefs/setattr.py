@@ -67,9 +67,6 @@ class AttributeSetter:
             if changes.mode & SET_ID and inode.unwritten:
                 return False
             call("chmod", backing.chmod, fd, stat.S_IMODE(changes.mode))
-        elif self._is_being_made(inode):
-            self._keep_times(inode, changes.atime_ns, changes.mtime_ns)
-            return True
         elif not self.attributes.notice_now(inode, fd):
             return False
         else:
@@ -108,15 +105,12 @@ class AttributeSetter:
 
         Writing it takes away, as chown does, what is not looked at here (file capabilities).
         """
-        if not (owner and self.attributes.believed(inode) and self._is_being_made(inode)) or inode.st.st_mode & SET_ID:
+        if not owner or not self._is_being_made(inode) or inode.st.st_mode & SET_ID:
             return False
         return all(getattr(inode.st, field) == number for field, number in owner.items())
 
     def _is_being_made(self, inode: Inode) -> bool:
-        """Whether nobody refuses what is set: times go to the backing with the data then, which sets the mtime anyway."""
-        if not inode.made or not inode.unwritten or inode.unlinked:
-            return False
-        return not self.io.backing.blocking or self.attributes.believed(inode)
+        return inode.made and inode.unwritten and not inode.unlinked and self.attributes.believed(inode)
 
     async def _chmod(self, inode: Inode, mode: int) -> None:
         if mode & SET_ID and inode.unwritten:
@@ -126,8 +120,13 @@ class AttributeSetter:
         await self.change(inode, "chmod", self.io.backing.chmod, mode, st_mode=stat.S_IFMT(inode.st.st_mode) | mode)
 
     async def _set_times(self, inode: Inode, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """Those of a file just made far away go there with its data, which sets the mtime anyway. Nobody refuses them then."""
         if self._is_being_made(inode):
-            self._keep_times(inode, atime_ns, mtime_ns)
+            inode.atime_ns = inode.atime_ns if atime_ns is None else atime_ns
+            inode.mtime_ns = inode.mtime_ns if mtime_ns is None else mtime_ns
+            inode.ctime_shown = (inode.st.st_ctime_ns, now_ns(inode))
+            inode.epoch += 1
+            self.keeper.changed(inode)
             return
         await self.attributes.notice_locked(inode)
         self.keeper.touching(inode, mtime_ns)
@@ -139,14 +138,6 @@ class AttributeSetter:
         self._note_times(inode, atime_ns, mtime_ns)
         times = (("st_atime_ns", atime_ns), ("st_mtime_ns", mtime_ns))
         await self._changed(inode, True, {name: time_ns for name, time_ns in times if time_ns is not None})
-
-    def _keep_times(self, inode: Inode, atime_ns: int | None, mtime_ns: int | None) -> None:
-        """The backing is to have them with the data."""
-        inode.atime_ns = inode.atime_ns if atime_ns is None else atime_ns
-        inode.mtime_ns = inode.mtime_ns if mtime_ns is None else mtime_ns
-        inode.ctime_shown = (inode.st.st_ctime_ns, now_ns(inode))
-        inode.epoch += 1
-        self.keeper.changed(inode)
 
     def _note_times(self, inode: Inode, atime_ns: int | None, mtime_ns: int | None) -> None:
         """The backing has them."""

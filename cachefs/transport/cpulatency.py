@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 DEVICE = "/dev/cpu_dma_latency"  # root's
 DRIVER = "/sys/devices/system/cpu/cpuidle/current_driver"
+NO_DRIVER = ("", "none")
 VIRTUAL_DRIVERS = ("haltpoll",)  # of guests: they have no sleep but the host's, and beside it to poll
 LIGHT_SLEEP = 2  # microseconds: C1, where a core waits with its clock stopped
 POLL = 0  # no sleep: an idle processor looks for work in a loop, which is no process's CPU time
@@ -84,9 +85,11 @@ def limit_microseconds(driver: str, processors: int) -> int | None:
         return None
     try:
         with open(driver) as file:
-            virtual = file.read().strip() in VIRTUAL_DRIVERS
+            name = file.read().strip()
     except OSError:
         return None
-    if not virtual:
+    if name in NO_DRIVER:  # nobody asks then how deep a sleep may be
+        return None
+    if name not in VIRTUAL_DRIVERS:
         return LIGHT_SLEEP
     return POLL if processors <= POLLING_MOST else None

@@ -133,10 +133,12 @@ class Waiting:
 
     async def wait(self) -> bool:
         """Until `fd` may be readable, or other tasks have had a turn; whether they had."""
+        self._since_ns = self._since_ns or time.perf_counter_ns()
         if self._runnable.tasks:
+            if self.latency.held and time.perf_counter_ns() - self._since_ns >= READY_SECONDS * 1e9:
+                self._give_up()
             await trio.lowlevel.checkpoint()
             return True
-        self._since_ns = self._since_ns or time.perf_counter_ns()
         if self._trio_fd < 0:
             ready = self._look() if self.patience.trust else []
             if not ready:
@@ -171,7 +173,7 @@ class Waiting:
         waited_ns = time.perf_counter_ns() - self._since_ns
         if not self._is_request(ready):
             if waited_ns >= READY_SECONDS * 1e9:
-                self.patience.give_up()
+                self._give_up()
         elif waited_ns < READY_SOON_NS:
             self.patience.met()
         else:
@@ -179,6 +181,10 @@ class Waiting:
         if self.patience.trust < READY_TRUST:
             self.latency.let_go()
         return ready
+
+    def _give_up(self) -> None:
+        self.patience.give_up()
+        self.latency.let_go()
 
     def _sleep_deeply(self) -> list[tuple[int, int]]:
         ready = self._sleep()

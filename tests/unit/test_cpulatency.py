@@ -19,6 +19,7 @@ from cachefs.transport.cpulatency import LIGHT_SLEEP, NO_LIMIT, POLL, POLLING_MO
         ("haltpoll", 1, None),
         ("intel_idle", 64, LIGHT_SLEEP),
         ("acpi_idle", 1, None),
+        ("none", 2, None),
         (None, 2, None),
     ],
 )

@@ -480,6 +480,8 @@ def test_a_file_that_is_called_otherwise_by_another_name_is_one_inode(tmp_path: 
         world.table.alias(inode, st)
         assert world.fs.found(world.table.root, b"b", st) is inode
         assert inode.attributes().st.st_nlink == 2
+        world.table.rebind(inode, inode.st)
+        assert inode.aliases == {(st.st_dev, st.st_ino)} and world.table.known(st) is inode, "it is as it was"
         world.table.rebind(inode, st)
         assert inode.key == (st.st_dev, st.st_ino) and not inode.aliases and world.table.known(st) is inode
         await world.release(handle)
