@@ -47,7 +47,7 @@ lint:  ## ruff, and mypy --strict on both packages
 bench: test-setup  ## speed against the bare stack, the kernel's cache and the plain directory
 	@$(PY) bench/run.py $(ARGS)
 
-bench-full:  ## against bindfs, mergerfs, unionfs-fuse, rclone and sshfs: 25 minutes; ARGS="--only hits --rounds 2" is less
+bench-full:  ## against bindfs, mergerfs, unionfs-fuse, rclone and sshfs: half an hour; ARGS="--only hits --rounds 2" is less
 	$(SETUP) bench
 	@$(PY) bench/full.py $(ARGS)
 
