@@ -6,7 +6,6 @@ or else through a known name relative to the parent's descriptor; in either case
 
 import errno
 import os
-import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -122,14 +121,16 @@ class Descriptors:
         A file far away that is open here may have got another number: sshfs gives one anew when the kernel had forgotten the
         old one. It is told by mode, owner, size and mtime then.
         """
-        if inode.is_called(st):
+        if (st.st_dev, st.st_ino) == inode.key:
             return True
-        if not (self.io.backing.blocking and inode.opens and stat.S_ISREG(st.st_mode)) or self.table.known(st) is not None:
+        by_alias = inode.is_called(st)  # a path's number: what somebody put in its place has it, too
+        if not by_alias and (not (self.io.backing.blocking and inode.opens) or self.table.known(st) is not None):
             return False
         seen = (inode.st.st_mode, inode.st.st_uid, inode.st.st_gid, *inode.signature[:2])
         if (st.st_mode, st.st_uid, st.st_gid, *signature_of(st)[:2]) != seen:
             return False
-        self.table.rebind(inode, st)
+        if not by_alias:
+            self.table.rebind(inode, st)
         return True
 
     def _close_some(self) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import functools
 import os
-import stat
 
 from cachefs.attributes import AttributeCache
 from cachefs.backingio import BackingIO
@@ -21,7 +20,7 @@ from cachefs.question import unasked
 
 def alike(st: os.stat_result, other: os.stat_result) -> bool:
     """Whether these may be one file's attributes, for a backing that knows neither numbers nor fractions of a second."""
-    ours, theirs = ((stat.S_IFMT(one.st_mode), one.st_size, int(one.st_mtime)) for one in (st, other))
+    ours, theirs = ((one.st_mode, one.st_uid, one.st_gid, one.st_size, int(one.st_mtime)) for one in (st, other))
     return ours == theirs
 
 
@@ -65,7 +64,8 @@ class Links:
         if inode.unwritten or inode.locked or alike(st, inode.st):
             return None
         # sshfs may show what it saw by this name before a write by another one.
-        st = await self.descriptors.at("chmod", parent, self._stat_anew, name)
+        with contextlib.suppress(PermissionError):  # not root, and the file may not be read: what sshfs shows has to do
+            st = await self.descriptors.at("lookup", parent, self._stat_anew, name)
         if inode.unwritten or inode.locked or alike(st, inode.st):
             return None
         self.table.unalias(inode, st)
@@ -96,7 +96,7 @@ class Links:
             async with inode.lock:  # no batch of writes is half way
                 for parent, name in list(inode.names):
                     with contextlib.suppress(OSError):
-                        st = await self.descriptors.at("chmod", parent, functools.partial(self._go_on_by, inode), name)
+                        st = await self.descriptors.at("open", parent, functools.partial(self._go_on_by, inode), name)
                         if st is not None:
                             self._rebind(inode, st)
                             return True
@@ -112,8 +112,8 @@ class Links:
         try:
             if not inode.is_called(st) or (st.st_dev, st.st_ino) == inode.key:
                 return st if inode.is_called(st) else None
-            st = self._seen_anew(fd, st)
-            if not alike(st, inode.st):
+            st = self._stat_anew(dirfd, name)
+            if not inode.is_called(st) or not alike(st, inode.st):
                 return None
             for own, flags in {inode.reader: os.O_RDONLY, inode.writer: os.O_RDWR}.items():
                 if own >= 0:
@@ -126,17 +126,13 @@ class Links:
             self.backing.close(fd)
 
     def _stat_anew(self, dirfd: int, name: bytes) -> os.stat_result:
-        fd, st = self.backing.open_stat(dirfd, name, os.O_PATH)
+        """Attributes as the store has them: sshfs looks at a file that it opens, the kernel at one whose size is asked for."""
+        fd = self.backing.open(dirfd, name, os.O_RDONLY)
         try:
-            return self._seen_anew(fd, st)
+            self.backing.size(fd)
+            return self.backing.fstat(fd)
         finally:
             self.backing.close(fd)
-
-    def _seen_anew(self, fd: int, st: os.stat_result) -> os.stat_result:
-        """Attributes that the backing does not have in store: it forgets those of what changes, if only to what it was."""
-        with contextlib.suppress(OSError):
-            self.backing.chmod(fd, stat.S_IMODE(st.st_mode))
-        return self.backing.fstat(fd)
 
     def _redirect(self, fd: int, to: int) -> None:
         try:

@@ -248,3 +248,21 @@ def test_a_name_given_here_that_somebody_replaces_is_another_file(which: str) ->
         assert mount.at(name).read_bytes() == b"replaced" and other.read_bytes() == b"OUrs"
         mount.unmount()
         assert mount.there(name).read_bytes() == b"replaced" and mount.there(other.name).read_bytes() == b"OUrs"
+
+
+@pytest.mark.parametrize("cache", ["yes", "no"])
+def test_regression_a_look_at_one_name_does_not_undo_a_chmod_by_the_other(cache: str) -> None:
+    """sshfs remembers the old mode by the other name for a while: it was set again to be told the truth."""
+    with far_mount("--metadata-ttl", "0", sshfs=(f"dir_cache={cache}",)) as mount:
+        a, b, c = mount.at("a"), mount.at("b"), mount.at("c")
+        a.write_bytes(b"ours")
+        os.link(a, b)
+        os.link(a, c)
+        with open(a, "ab") as file:
+            file.write(b" and more")
+        os.chmod(a, 0o600)
+        for _ in range(2):
+            assert b.read_bytes() == b"ours and more" and os.stat(b).st_mode & 0o777 == 0o600
+        os.unlink(a)
+        assert b.read_bytes() == c.read_bytes() == b"ours and more"
+        assert mount.there("b").stat().st_mode & 0o777 == 0o600
