@@ -14,8 +14,10 @@ from pathlib import Path
 from contents import explain_difference, stamp
 from tree import File, Operation, Tree, grow
 
+from cachefs.transport.negotiate import WRITE_MAX_BYTES
+
 PAGE = 4096
-REQUEST_BYTES_LEAST = (1 << 20) - PAGE  # of a request of the kernel that is not the last one of its write
+REQUEST_BYTES_LEAST = WRITE_MAX_BYTES - PAGE  # of a request of the kernel that is not the last one of its write
 
 
 @dataclass(slots=True)
@@ -94,7 +96,9 @@ def _file_differences(tree: Tree, path: str, file: File, seen: Seen, pending: Op
         if should_be != is_now
     ]
     under_way = pending is not None and pending[1] == file.number
-    if file.mtime_ns is not None and status.st_mtime_ns != file.mtime_ns and not under_way:
+    if under_way:
+        file.mtime_ns = None  # also where the write leaves the bytes as they were
+    elif file.mtime_ns is not None and status.st_mtime_ns != file.mtime_ns:
         complaints.append(f"{path!r} (file {file.number}) has mtime {status.st_mtime_ns} instead of {file.mtime_ns}")
     contents = seen.contents()
     if len(contents) != status.st_size:
@@ -129,5 +133,5 @@ def _settle_write(tree: Tree, file: File, contents: bytes, pending: Operation) -
                 return False
     if torn > torn_most:
         return False
-    file.data, file.mtime_ns = bytearray(contents), None
+    file.data = bytearray(contents)
     return True
