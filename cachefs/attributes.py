@@ -111,12 +111,12 @@ class AttributeCache:
         if not file.unwritten:
             inode.unsure = False
             if signature_of(st) != inode.signature:
-                self._changed_underneath(inode, file, st)
+                self.changed_underneath(inode, file, st)
         elif not inode.unsure and signature_of(st)[:2] not in (inode.signature[:2], inode.noticed):
             inode.noticed = signature_of(st)[:2]
             self.noticed(inode)
 
-    def _changed_underneath(self, inode: Inode, file: CachedFile, st: os.stat_result) -> None:
+    def changed_underneath(self, inode: Inode, file: CachedFile, st: os.stat_result) -> None:
         inode.signature = signature_of(st)
         inode.changes += 1
         leaving.invalidate(self.cache, file)
@@ -150,7 +150,7 @@ class AttributeCache:
             if file.unwritten:  # by our writeback, which is not done yet, or by somebody else: writeback will see
                 signature = (*inode.signature[:2], signature[2])
             else:
-                self._changed_underneath(inode, file, st)  # by somebody else, just before
+                self.changed_underneath(inode, file, st)  # by somebody else, just before
         inode.signature = signature
         if inode.journaled is not None:
             self.keeper.changed(inode)
@@ -170,7 +170,7 @@ class AttributeCache:
                 if signature_of(st)[:2] != inode.signature[:2]:
                     await self.keep_theirs(inode)
             elif epoch == inode.epoch and signature_of(st) != inode.signature:
-                self._changed_underneath(inode, file, st)
+                self.changed_underneath(inode, file, st)
         inode.unsure = True  # until what the change has made of the file was seen
 
     def notice_now(self, inode: Inode, fd: int) -> bool:
@@ -183,7 +183,7 @@ class AttributeCache:
             if file.unwritten and signature_of(st)[:2] != inode.signature[:2]:
                 return False
             if not file.unwritten and signature_of(st) != inode.signature:
-                self._changed_underneath(inode, file, st)
+                self.changed_underneath(inode, file, st)
         inode.unsure = True
         return True
 

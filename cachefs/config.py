@@ -56,6 +56,7 @@ OPTIONS = (
     Option("dirty_background", "SIZE", "how much of it starts writeback", "half of --dirty-limit"),
     Option("dirty_expire", "TIME", "age at which it is written back", "5s"),
     Option("writeback_interval", "TIME", "how often to look for it", "1s"),
+    Option("write_through", "MODE", "small writes go to a local SOURCE at once while it takes them", "auto", ("auto", "off")),
     Option("durability", "KIND", "when fsync returns, and whether there is a journal", "backing", DURABILITIES),
     Option("journal_size", "SIZE", "most disk for the journal of unwritten data; writers wait at it", "1G"),
     Option("metadata_ttl", "TIME", "how long names and attributes are believed", "1s"),
@@ -92,6 +93,7 @@ class Config:
     dirty_background_bytes: int
     dirty_expire_seconds: float
     writeback_interval_seconds: float
+    write_through: bool  # small writes may go to a local SOURCE at once
     durability: str  # backing | journal | none
     journal_size_bytes: int
     metadata_ttl_seconds: float
@@ -145,6 +147,7 @@ def make_config(
         dirty_background_bytes=background_bytes,
         dirty_expire_seconds=_duration(asked, "dirty_expire"),
         writeback_interval_seconds=_interval(asked, "writeback_interval"),
+        write_through=_choice(asked, "write_through") == "auto",
         durability=_choice(asked, "durability"),
         journal_size_bytes=_journal_size(asked, limit_bytes),
         metadata_ttl_seconds=_duration(asked, "metadata_ttl"),

@@ -20,6 +20,7 @@ Ready = Callable[[Mapping[str, object]], None]
 Show = Callable[[Mapping[str, Any]], None]
 Serve = Callable[[Config, State, Ready], int]
 
+NOTIFY_SECONDS = 0.1  # for room among the messages that systemd has not read: it has had ten of us by then
 PINGS = 4  # in the time after which systemd takes us for stuck
 EXTEND_USEC = 60_000_000  # systemd is told at least every file of a recovery
 LOG_BYTES = 4 * 1024 * 1024
@@ -37,11 +38,15 @@ def run(config: Config, state: State, serve: Serve, *, foreground: bool, show: S
 
 
 def notify(message: str) -> None:
-    """Tells systemd (READY=1, STOPPING=1, STATUS=...) if it started us and asked to be told."""
+    """Tells systemd (READY=1, STOPPING=1, STATUS=...) if it started us and asked to be told.
+
+    If it does not listen, it may be waiting for our mount: so we do not wait for it, or not for long.
+    """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address[:1] not in ("/", "@"):
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifying:
+        notifying.settimeout(NOTIFY_SECONDS)
         notifying.connect("\0" + address[1:] if address[0] == "@" else address)
         notifying.sendall(message.encode("utf-8", "replace"))
 

@@ -29,6 +29,7 @@ from cachefs.source import DataDescriptors, FileSource
 from cachefs.space import Space
 from cachefs.watchdog import Unreachable
 from cachefs.writeback import Writeback
+from cachefs.writethrough import WriteThrough
 
 EXTEND_AT_ONCE_BYTES = 1 << 40  # a write that ends beyond this finds out now whether the backing can hold such a file
 DIRTY_CLOSED_MAX = 2048  # files closed but not written out yet; each keeps a descriptor
@@ -62,6 +63,7 @@ class Files:
         metadata_ttl_seconds: float,
         changed: Callable[[Inode], None],
         gone: Callable[[Inode, bytes], None],
+        write_through: bool = False,
     ) -> None:
         self.io = io
         self.descriptors = descriptors
@@ -79,6 +81,7 @@ class Files:
         self.data.looked = self.attributes.absorb
         self.setter = AttributeSetter(io, descriptors, cache, writeback, keeper, self.attributes)
         self.durability = Durability(io, self.data, cache, writeback, keeper, self.attributes)
+        self.through = WriteThrough(io, self.data, cache, keeper, self.attributes, write_through)
         self.opened: Callable[[Inode], None] = lambda inode: None
         self.handles: dict[int, Handle] = {}
         self.advise: Callable[[Handle, str], None] = lambda handle, program: None  # told of new handles, and whose they are
@@ -331,8 +334,11 @@ class Files:
             or (handle.uid and inode.st.st_mode & SET_ID)
             or self.writeback.must_throttle(nbytes)
             or not self.space.has_room(offset, nbytes, file.size, not handle.uid)
-            or not self.cache.write_now(file, offset, data, handle.account, handle.readahead.transient)
         ):
+            return False
+        if self.through.write(handle, offset, data):
+            return True
+        if not self.cache.write_now(file, offset, data, handle.account, handle.readahead.transient):
             return False
         if self._wrote(inode, offset, nbytes):
             return True

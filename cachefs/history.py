@@ -51,7 +51,7 @@ class History:
                 cache.evictions["capacity"],
                 cache.readahead_used,
                 cache.readahead_unused,
-                writeback.written_bytes,
+                writeback.written_bytes + self.stack.files.through.written_bytes,
                 writeback.unwritten_pages * PAGE_SIZE,
                 cache.writeback_pages * PAGE_SIZE,
                 cache.resident_pages * PAGE_SIZE,

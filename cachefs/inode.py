@@ -57,7 +57,8 @@ class Inode:
         "_lock", "advice", "aliases", "atime_ns", "busy", "changes", "changes_told", "checked_at", "children", "counted",
         "ctime_shown", "done", "doubtful", "durable", "epoch", "error_count", "error_errno", "fd", "fd_busy", "file", "handle",
         "journaled", "kept", "key", "listed", "lookups", "losing", "made", "mtime_ns", "names", "node", "noticed", "opens",
-        "reader", "retry_at", "retry_seconds", "signature", "st", "target", "tries", "unlinked", "unsure", "writer", "xattrs",
+        "reader", "retry_at", "retry_seconds", "signature", "st", "target", "through", "tries", "unlinked", "unsure", "writer",
+        "xattrs",
     )  # fmt: skip
 
     def __init__(self, node: int, st: os.stat_result) -> None:
@@ -91,6 +92,7 @@ class Inode:
         self.journaled: JournalFile | None = None  # its unwritten pages in the journal
         self.retry_at = self.retry_seconds = 0.0  # writeback back-off
         self.tries = 0  # failures of writeback since it last succeeded
+        self.through = 0  # writes that went to the backing at once, see `writethrough.py`
         self._lock: Lock | None = None
         self.made = False  # by us, as a regular file of one name: so its owner in the backing is who we are there
         self.unlinked = False  # its last name is gone, by our doing

@@ -46,9 +46,11 @@ class DataDescriptors:
 
     def writes_at_once(self, extents: Extents) -> bool:
         """Whether a batch is written in the trio thread, as other changes of a local file are."""
-        if self.io.backing.blocking or len(extents) > AT_ONCE_EXTENTS or time.perf_counter() < self._careful_until:
-            return False
-        return sum(len(buffer) for _, buffers in extents for buffer in buffers) <= self.at_once_bytes
+        return len(extents) <= AT_ONCE_EXTENTS and self.takes_at_once(sum(len(b) for _, buffers in extents for b in buffers))
+
+    def takes_at_once(self, nbytes: int) -> bool:
+        """Whether so much may be written to a file in the trio thread: it is local, and has not been slow lately."""
+        return nbytes <= self.at_once_bytes and not self.io.backing.blocking and time.perf_counter() >= self._careful_until
 
     def took(self, seconds: float) -> None:
         """How long such a batch was under way."""

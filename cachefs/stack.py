@@ -90,7 +90,7 @@ class Stack:
         self.filler = Filler(self.cache, tasks, self.writeback.need_room, self.io.watchdog)
         self.files = Files(
             self.io, self.descriptors, self.cache, self.filler, self.writeback, self.keeper,
-            config.readahead_max_bytes, config.metadata_ttl_seconds, changed, gone,
+            config.readahead_max_bytes, config.metadata_ttl_seconds, changed, gone, config.write_through,
         )  # fmt: skip
         self.watcher = Watcher(self.descriptors, self.files, gone) if backing.watch_path(root_fd) is not None else None
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
@@ -139,7 +139,7 @@ class Stack:
             kernel_cache=kernel_cache,
             uptime_seconds=time.monotonic() - self.started,
             cache=statistics_of(self.cache),
-            writeback=self.writeback.statistics(),
+            writeback=self.writeback.statistics(self.files.through.written_bytes),
             backing=self.io.statistics(),
             journal=self.keeper.statistics(),
             conflicts=self.files.conflicts.statistics(),

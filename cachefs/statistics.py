@@ -98,7 +98,8 @@ class WritebackStatistics:
     dirty_limit_bytes: int
     dirty_expire_seconds: float
     oldest_dirty_seconds: float
-    written_bytes: int
+    written_bytes: int  # out of the cache
+    through_bytes: int  # that went there at once, see `writethrough.py`
     errors: Mapping[str, int]  # {errno name: calls that failed}
     failing_files: int  # whose last batch failed, and that wait to be tried again
     retries: int  # batches of files whose batch before had failed

@@ -357,7 +357,7 @@ class Writeback:
         if self.dirty.pop(inode, None) is not None:
             self.settled(inode)
 
-    def statistics(self) -> WritebackStatistics:
+    def statistics(self, through_bytes: int = 0) -> WritebackStatistics:
         waiting = (i.file.dirty_since for i in self.dirty if i.file and i.file.dirty_pages)
         oldest = min((*waiting, *self._oldest.values()), default=math.inf)
         return WritebackStatistics(
@@ -366,6 +366,7 @@ class Writeback:
             dirty_expire_seconds=self.expire_seconds,
             oldest_dirty_seconds=max(0.0, self.cache.clock() - oldest) if oldest < math.inf else 0.0,
             written_bytes=self.written_bytes,
+            through_bytes=through_bytes,
             errors=dict(self.errors),
             failing_files=sum(1 for inode in self.dirty if inode.tries),
             retries=self.retries,

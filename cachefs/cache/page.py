@@ -19,6 +19,7 @@ The states, and the bits a page has in each (no other combination is legal, `Gro
     FILLING   -> CLEAN | ABSENT         finish_fill         PageCache.finish_fill (ABSENT: failed, or poisoned meanwhile)
     ABSENT, CLEAN, DIRTY -> DIRTY       make_dirty          PageCache.write
     WRITEBACK -> REDIRTIED              make_dirty          PageCache.write
+    ABSENT, CLEAN -> CLEAN              make_clean          PageCache.write_clean
     DIRTY     -> WRITEBACK              start_writeback     PageCache.start_writeback
     WRITEBACK -> CLEAN, REDIRTIED -> DIRTY   finish_writeback   PageCache.finish_writeback
     WRITEBACK, REDIRTIED -> DIRTY       fail_writeback      PageCache.finish_writeback
@@ -141,6 +142,10 @@ class Group:
             self.dirty_since = now
         self.uptodate |= mask
         self.dirty |= mask
+        self.prefetched &= ~mask
+
+    def make_clean(self, mask: int) -> None:
+        self.uptodate |= mask
         self.prefetched &= ~mask
 
     def start_writeback(self, mask: int) -> None:

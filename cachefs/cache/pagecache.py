@@ -193,7 +193,8 @@ class PageCache:
         for group, (index, first, last) in zip(groups, parts, strict=True):
             start = max(offset, index * GROUP_SIZE)
             stop = min(end, (index + 1) * GROUP_SIZE)
-            self._write_group(group, span(first, last), start, data[start - offset : stop - offset])
+            self._copy_in(group, span(first, last), start, data[start - offset : stop - offset])
+            self._make_dirty(group, span(first, last))
             file.mark(index, span(first, last), transient)
         file.size = max(file.size, end)
         (account or self.accounts.nobody).write_bytes += len(data)
@@ -225,7 +226,9 @@ class PageCache:
                 group = self._group(file, index, mask)
             except (NoRoom, Busy):
                 return False
-        self._write_group(group, mask, offset, data)
+        self._copy_in(group, mask, offset, data)
+        if mask & ~group.dirty:
+            self._make_dirty(group, mask)
         if transient or file.transient:
             file.mark(index, mask, transient)
         if end > file.size:
@@ -233,7 +236,36 @@ class PageCache:
         account.write_bytes += len(data)
         return True
 
-    def _write_group(self, group: Group, mask: int, offset: int, data: bytes | memoryview) -> None:
+    def write_clean(self, file: CachedFile, offset: int, data: memoryview) -> None:
+        """Copies what the backing has just been given into pages, which stay or become CLEAN; grows the file.
+
+        Inside one group, of a file with nothing unwritten and no page FILLING. Pages that are neither here nor wholly known
+        now stay ABSENT, and all do where there is no room.
+        """
+        end = offset + len(data)
+        for page in file.pages_to_fill(offset, len(data)):  # the first, the last, or both
+            start = page << PAGE_SHIFT
+            data = data[start + PAGE_SIZE - offset :] if start <= offset else data[: start - offset]
+            offset = max(offset, start + PAGE_SIZE) if start <= offset else offset
+        if data:
+            self._write_clean(file, offset, data)
+        file.size = max(file.size, end)
+
+    def _write_clean(self, file: CachedFile, offset: int, data: memoryview) -> None:
+        index, first = offset >> GROUP_BITS, offset >> PAGE_SHIFT & IN_GROUP
+        mask = span(first, (offset + len(data) - 1) >> PAGE_SHIFT & IN_GROUP)
+        try:
+            self._make_room(file.absent(index, mask).bit_count(), {key_of(file.id, index): mask})
+            group = self._group(file, index, mask)
+        except (NoRoom, Busy):
+            if (old := file.groups.get(index)) is not None:
+                self.remove(old, old.uptodate & mask, "invalidated")
+            return
+        self._copy_in(group, mask, offset, data)
+        group.make_clean(mask)
+        file.mark(index, mask, False)
+
+    def _copy_in(self, group: Group, mask: int, offset: int, data: bytes | memoryview) -> None:
         start = group.base + (offset & _BYTE_IN_GROUP)
         stop = start + len(data)
         old = group.uptodate & mask
@@ -245,13 +277,14 @@ class PageCache:
                 self.first_use(group, fresh)
             self.policy.touch(group.key, old)
         self._view[start:stop] = data
+
+    def _make_dirty(self, group: Group, mask: int) -> None:
         added = mask & ~group.dirty
-        if added:
-            redirtied = added & group.writeback
-            if redirtied:
-                self._count_redirtied(group.file, redirtied.bit_count())
-            group.make_dirty(added, self.clock())
-            self._count_dirty(group, added.bit_count())
+        redirtied = added & group.writeback
+        if redirtied:
+            self._count_redirtied(group.file, redirtied.bit_count())
+        group.make_dirty(added, self.clock())
+        self._count_dirty(group, added.bit_count())
 
     def _add_written(self, group: Group, mask: int, new: int, start: int, stop: int) -> None:
         """Pages `new` of `mask` come, with bytes [start, stop) of the arena. The rest is past the file's end, or a hole."""

@@ -114,7 +114,8 @@ def _rows(statistics: Figures, status: Figures) -> Iterator[tuple[str, str]]:
     yield "evictions", _by_name(_part(cache, "evictions"), "pages")
     yield "readahead", _readahead(cache)
     yield "dirty", _dirty(writeback)
-    yield "written back", format_size(_count(writeback, "written_bytes")) + _throttled(writeback)
+    through = f", {format_size(_count(writeback, 'through_bytes'))} written through"
+    yield "written back", format_size(_count(writeback, "written_bytes")) + through + _throttled(writeback)
     yield "journal", _journal(_part(statistics, "journal"))
     yield "conflicts", _conflicts(_part(statistics, "conflicts"))
     yield "errors", _errors(_part(backing, "errors"), _part(writeback, "errors"))

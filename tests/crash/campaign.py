@@ -111,7 +111,8 @@ class Campaign:
         self._complain([f"the log says: {line}" for line in self.place.bad_lines(self.ordinary)])
 
     def _choose_options(self) -> None:
-        self.place.options = [*self.random.choice(TUNINGS), *self.options]
+        through = self.random.choice(("auto", "off", "off"))
+        self.place.options = [*self.random.choice(TUNINGS), "--write-through", through, *self.options]
         if self.faults is not None:
             self.place.options += ["--fault-plan", str(self.faults.path)]
 

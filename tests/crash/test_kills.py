@@ -67,7 +67,8 @@ def test_none_is_lost_while_the_backing_fails_and_falls_short(base: Path, kernel
 
 def test_without_a_journal_the_same_kills_lose_writes(base: Path) -> None:
     """The campaign can fail: what it finds nothing wrong with above is because of the journal."""
-    with campaign(base, seed_of("no journal"), durability("none"), sqlite=False) as running, pytest.raises(Crashed) as found:
+    options = [*durability("none"), "--write-through", "off"]
+    with campaign(base, seed_of("no journal"), options, sqlite=False) as running, pytest.raises(Crashed) as found:
         running.run(SHORT)
     assert "the mount: writer" in str(found.value)
 

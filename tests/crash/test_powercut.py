@@ -117,6 +117,7 @@ def test_what_fsync_returned_for_survives_a_power_cut(
     seed = seed_of(f"power {mode} {cuts} {work}")
     source = random.Random(seed)
     tuning = ["--cache-size", "16M", "--dirty-expire", source.choice(["50ms", "1s"]), "--writeback-interval", "20ms"]
+    tuning += ["--write-through", source.choice(["auto", "off"])]
     laptop = Laptop(tmp_path, spawner, [*tuning, *durability(mode)])
     try:
         begun, ended = laptop.work(seed)

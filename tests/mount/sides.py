@@ -9,7 +9,7 @@ from mounts import Mount
 
 PAGE = 4096
 RDWR_CREAT = os.O_RDWR | os.O_CREAT
-LATER = ("--dirty-expire", "1h")  # nothing is written back unless something asks for it
+LATER = ("--dirty-expire", "1h", "--write-through", "off")  # nothing is written back unless something asks for it
 KEPT = "kept as"  # in the line of the log that tells of a conflict
 MODES = ("off", "open", "keep")
 

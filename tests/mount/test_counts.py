@@ -27,7 +27,7 @@ from mounts import DEADLINE_SECONDS, Factory, Mount
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(120)]
 P, MIB = 4096, 1 << 20
 NO_READAHEAD = ("--readahead-max", "0")
-LATER = ("--dirty-expire", "1h")
+LATER = ("--dirty-expire", "1h", "--write-through", "off")
 
 
 # --- the reference

@@ -25,8 +25,8 @@ def faulty() -> Iterator[Any]:
     with mounting() as make, tempfile.NamedTemporaryFile("w", suffix=".json") as plan:
         plan.write("[]")
         plan.flush()
-        options = ["--fault-plan", plan.name, "--readahead-max", "0", "--dirty-expire", "1h", "--metadata-ttl", "0s"]
-        mount = make(*options)
+        later = ["--dirty-expire", "1h", "--write-through", "off"]
+        mount = make("--fault-plan", plan.name, "--readahead-max", "0", "--metadata-ttl", "0s", *later)
         mount.plan_path = plan.name  # type: ignore[attr-defined]
         mount.announce("cannot write to the backing")
         yield mount
@@ -211,7 +211,7 @@ def test_a_killed_daemon_leaves_a_mountpoint_that_the_next_mount_takes_over(moun
 
 
 def test_sigterm_writes_out_and_unmounts(mounted: Any) -> None:
-    mount = mounted("--dirty-expire", "1h")
+    mount = mounted("--dirty-expire", "1h", "--write-through", "off")
     (mount.path / "file").write_bytes(DATA)
     mount.process.terminate()
     assert mount.process.wait(30) == 0

@@ -69,7 +69,7 @@ def colour(browser: Browser, name: str, cell: int) -> str:
 
 
 def test_cells_are_those_of_a_known_state_and_change_within_two_seconds(browser: Browser, mounted: Factory) -> None:
-    mount = mounted(*NO_READAHEAD, "--dirty-expire", "1h")
+    mount = mounted(*NO_READAHEAD, "--dirty-expire", "1h", "--write-through", "off")
     for name in ("known", "live"):
         (mount.source / name).write_bytes(os.urandom(100 * P))
     fd = os.open(mount.path / "known", os.O_RDWR)
@@ -116,7 +116,7 @@ def test_a_click_shows_the_extents_of_a_file(browser: Browser, mounted: Factory)
 
 
 def test_curves_are_drawn_and_the_daemon_s_end_is_said(browser: Browser, mounted: Factory) -> None:
-    mount = mounted(*NO_READAHEAD, "--dirty-expire", "1h")
+    mount = mounted(*NO_READAHEAD, "--dirty-expire", "1h", "--write-through", "off")
     (mount.source / "f").write_bytes(os.urandom(50 * P))
     page = opened(browser, mount)
     (mount.path / "f").read_bytes()

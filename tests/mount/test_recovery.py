@@ -408,7 +408,7 @@ def test_with_a_full_state_disk_writes_go_through_and_nothing_is_lost(mounted: F
 
 
 def test_a_small_journal_holds_writers_back_and_is_never_exceeded(mounted: Factory) -> None:
-    mount = mounted("--cache-size", "64M", "--dirty-limit", "4M", "--journal-size", "8M", "--dirty-expire", "1h")
+    mount = mounted(*LATER, "--cache-size", "64M", "--dirty-limit", "4M", "--journal-size", "8M")
     data = random.Random(3).randbytes(1 << 20)
     used = []
     with open(mount.path / "file", "wb", buffering=0) as file:

@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files aw
 
 PAGE = 4096
 RDWR_CREAT = os.O_RDWR | os.O_CREAT
-LATER = ("--dirty-expire", "1h")  # nothing is written back unless something asks for it
+LATER = ("--dirty-expire", "1h", "--write-through", "off")  # nothing is written back unless something asks for it
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 1, 2, 16
 FICLONE, FS_IOC_GETFLAGS = 0x40049409, 0x80086601
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -102,6 +102,22 @@ def test_a_write_is_seen_by_others_at_once_and_is_in_source_later(mounted: Facto
     assert dirty["writeback"]["dirty_bytes"] == PAGE
     mount.unmount()
     assert (mount.source / "file").read_bytes() == b"acknowledged"
+
+
+@pytest.mark.parametrize(
+    ("options", "at_once"), [((), True), (("--durability", "journal"), False), (("--backing", "network"), False)]
+)
+def test_small_writes_to_a_local_source_are_there_at_once(mounted: Factory, options: Sequence[str], at_once: bool) -> None:
+    mount = mounted("--dirty-expire", "1h", *options)
+    with opened(os.fspath(mount.path / "file"), RDWR_CREAT) as fd:
+        for i in range(3):
+            os.pwrite(fd, b"acknowledged", 5000 * i)
+            assert os.fstat(fd).st_size == 5000 * i + 12
+        assert (mount.path / "file").read_bytes().count(b"acknowledged") == 3
+        assert (mount.source / "file").read_bytes().count(b"acknowledged") == (3 if at_once else 0)
+        status: Any = mount.ask("status")["statistics"]
+    writeback = status["writeback"]
+    assert (writeback["dirty_bytes"] == 0) == (writeback["through_bytes"] == 36) == at_once
 
 
 @as_root

@@ -348,6 +348,7 @@ def a_status() -> dict[str, object]:
         ),
         writeback=WritebackStatistics(
             dirty_bytes=8192, dirty_limit_bytes=1 << 28, dirty_expire_seconds=5.0, oldest_dirty_seconds=1.5, written_bytes=4096,
+            through_bytes=512,
             errors={"EIO": 2}, failing_files=1, retries=1, throttle_seconds=0.25,
         ),
         backing=BackingStatistics(

@@ -59,7 +59,7 @@ def test_every_option_is_read() -> None:
         "backing": "network", "backing_timeout": "5s", "metrics": "off", "page": "off", "state_dir": "/state",
         "simulate_latency": "10ms", "simulate_bandwidth": "200M", "log_level": "debug", "read_only": "yes", "allow_other": "no",
         "fault_plan": "/plan", "durability": "journal", "journal_size": "64M", "fast_lane": "off", "pin_limit": "8M",
-        "cpu_latency": "off",
+        "cpu_latency": "off", "write_through": "off",
         "rule": "comm=tar advice=noreuse",
     }  # fmt: skip
     assert set(values) == {option.name for option in config_module.OPTIONS}

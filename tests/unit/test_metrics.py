@@ -145,6 +145,7 @@ def test_each_series_shows_the_figure_it_is_named_after() -> None:
         "cachefs_dirty_limit_bytes": writeback.dirty_limit_bytes,
         "cachefs_oldest_dirty_seconds": writeback.oldest_dirty_seconds,
         "cachefs_writeback_bytes_total": writeback.written_bytes,
+        "cachefs_write_through_bytes_total": writeback.through_bytes,
         "cachefs_writeback_errors_total{errno=EIO}": writeback.errors["EIO"],
         "cachefs_write_throttle_seconds_total": writeback.throttle_seconds,
         "cachefs_fuse_request_duration_seconds_sum{op=read}": filesystem.durations["read"].total_seconds,

@@ -31,6 +31,7 @@ from cachefs.journal.load import read
 from cachefs.journal.records import FileRecord, PagesRecord, checksum
 from cachefs.journal.rows import rows_in
 from cachefs.keeper import Keeper
+from cachefs.source import AT_ONCE_BYTES
 from cachefs.tasks import Spawner
 from cachefs.writeback import Writeback
 
@@ -84,6 +85,7 @@ class World:
         journal: Path | None = None,
         timeout_seconds: float = 30.0,
         at_once_bytes: int = 0,  # tests that make a call hang need a thread for it
+        through: bool = False,
     ) -> None:
         self.top = top
         self.backing = FaultyBacking(DirectoryBacking(top, blocking=blocking))
@@ -113,8 +115,9 @@ class World:
         self.files = Files(
             self.io, self.descriptors, self.cache, self.filler, self.writeback, self.keeper,
             readahead_pages * PAGE_SIZE, ttl_seconds, self.changed.append, lambda *place: self.gone.append(place),
+            through,
         )  # fmt: skip
-        self.files.data.at_once_bytes = at_once_bytes
+        self.files.data.at_once_bytes = AT_ONCE_BYTES if through else at_once_bytes
         self.fs = FileSystem(self.io, self.table, self.descriptors, self.files, self.writeback)
 
     def _settled(self, inode: Inode) -> None:

@@ -125,7 +125,7 @@ def test_warm_shows_a_bar_on_a_terminal_and_ends_with_its_command(cachefs: Comma
 
 def test_drop_says_what_stayed(cachefs: Command) -> None:
     make(cachefs, clean=10 * P, pinned=20 * P)
-    cachefs.mount("--dirty-expire", "1h")
+    cachefs.mount("--dirty-expire", "1h", "--write-through", "off")
     read_as("reader", cachefs.path / "clean")
     assert cachefs.run("pin", cachefs.path / "pinned").returncode == 0
     (cachefs.path / "dirty").write_bytes(b"x" * 3 * P)
@@ -292,7 +292,8 @@ def test_set_changes_a_live_mount(cachefs: Command) -> None:
 
 
 def test_a_smaller_cache_waits_for_unwritten_data(cachefs: Command) -> None:
-    cachefs.mount("--cache-size", "8M", "--dirty-limit", "4M", "--dirty-background", "4M", "--dirty-expire", "1h")
+    limits = ("--cache-size", "8M", "--dirty-limit", "4M", "--dirty-background", "4M")
+    cachefs.mount(*limits, "--dirty-expire", "1h", "--write-through", "off")
     data = os.urandom(3 * MIB)
     (cachefs.path / "a").write_bytes(data)
     assert cachefs.run("set", "cache-size=1M").returncode == 0

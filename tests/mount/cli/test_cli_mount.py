@@ -19,7 +19,8 @@ from command import Command, ended, is_mounted, one_line, output_of_terminal, wa
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(90)]
 MIB = 1 << 20
 # Nothing is written back before somebody asks.
-KEEP_DIRTY = ("--dirty-limit", "128M", "--dirty-background", "128M", "--dirty-expire", "1h", "--cache-size", "256M")
+LATER = ("--dirty-expire", "1h", "--write-through", "off")
+KEEP_DIRTY = ("--dirty-limit", "128M", "--dirty-background", "128M", *LATER, "--cache-size", "256M")
 
 
 def write_dirty(cachefs: Command, name: str, mebibytes: int) -> str:
@@ -100,7 +101,7 @@ def test_paths_may_be_relative_and_go_through_symbolic_links(cachefs: Command) -
 
 def test_umount_writes_everything_and_shows_it_on_a_terminal(cachefs: Command) -> None:
     """200 MiB that nothing has written yet, on a store of 150 MB/s."""
-    big = ("--dirty-limit", "256M", "--dirty-background", "256M", "--dirty-expire", "1h", "--cache-size", "512M")
+    big = ("--dirty-limit", "256M", "--dirty-background", "256M", *LATER, "--cache-size", "512M")
     pid = cachefs.mount(*big, "--fault-plan", cachefs.plan(), "--simulate-bandwidth", "150M")
     expected = write_dirty(cachefs, "file", 200)
     master, terminal = pty.openpty()

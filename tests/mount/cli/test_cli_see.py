@@ -13,7 +13,7 @@ from command import Command, ended, one_line, wait_until
 
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(90)]
 P = 4096
-KEEP_DIRTY = ("--dirty-expire", "1h")
+KEEP_DIRTY = ("--dirty-expire", "1h", "--write-through", "off")
 NO_READAHEAD = ("--readahead-max", "0")
 
 

@@ -91,7 +91,7 @@ class Terminal:
 def mounted(cachefs: Command) -> Iterator[Command]:
     for name, pages in FILES.items():
         (cachefs.source / name).write_bytes(os.urandom(pages * P))
-    cachefs.mount("--dirty-expire", "1h", "--policy", "lru")
+    cachefs.mount("--dirty-expire", "1h", "--write-through", "off", "--policy", "lru")
     for name, times in (("small", 1), ("middle", 4), ("large", 2)):
         for _ in range(times):
             (cachefs.path / name).read_bytes()

@@ -123,7 +123,7 @@ def test_full_far_away_and_without_a_word_of_room_what_was_acknowledged_gets_the
 
 
 def test_a_large_write_gets_what_there_is_room_for(small: Command) -> None:
-    small.mount("--dirty-expire", "1h")
+    small.mount("--dirty-expire", "1h", "--write-through", "off")
     descriptor = os.open(small.path / "file", os.O_WRONLY | os.O_CREAT)
     try:
         written = 0
@@ -146,7 +146,7 @@ def test_a_large_write_gets_what_there_is_room_for(small: Command) -> None:
 
 def test_a_file_that_is_removed_gives_its_room_back_at_once(small: Command) -> None:
     """Again and again 12 MiB, where there are 16."""
-    small.mount("--dirty-expire", "1h")
+    small.mount("--dirty-expire", "1h", "--write-through", "off")
     for _ in range(10):
         (small.path / "temporary").write_bytes(bytes(12 * MIB))
         (small.path / "temporary").unlink()
@@ -156,7 +156,7 @@ def test_a_file_that_is_removed_gives_its_room_back_at_once(small: Command) -> N
 def test_a_source_that_becomes_read_only_refuses_all_writes_until_it_is_writable_again(small: Command) -> None:
     """By faults: a file system does not become read-only while somebody has a file open for writing, as the daemon has."""
     (small.source / "file").write_bytes(b"before")
-    small.mount("--dirty-expire", "1h", "--fault-plan", small.plan({"op": "pwritev", "errno": "EROFS"}))
+    small.mount("--dirty-expire", "1h", "--write-through", "off", "--fault-plan", small.plan({"op": "pwritev", "errno": "EROFS"}))
     descriptor = os.open(small.path / "file", os.O_RDWR)
     os.pwrite(descriptor, b"KEPT", 0)
     with pytest.raises(OSError, match="Read-only file system"):

@@ -18,7 +18,7 @@ from command import CACHEFS_AS_NOBODY, Command, Done, ended, one_line, output_of
 from cachefs import state
 
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(90)]
-LATER = ("--dirty-expire", "1h")
+LATER = ("--dirty-expire", "1h", "--write-through", "off")
 FAILING = {"op": "pwritev", "errno": "EIO"}
 
 

@@ -19,7 +19,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts something that
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_writes_everything_and_unmounts(cachefs: Command, signal_number: int) -> None:
-    process = cachefs.foreground("--dirty-expire", "1h")
+    process = cachefs.foreground("--dirty-expire", "1h", "--write-through", "off")
     (cachefs.path / "file").write_bytes(b"x" * 100_000)
     process.send_signal(signal_number)
     assert process.wait(60) == 0, cachefs.log_text()
@@ -28,7 +28,7 @@ def test_a_signal_writes_everything_and_unmounts(cachefs: Command, signal_number
 
 
 def test_umount_8_ends_the_daemon(cachefs: Command) -> None:
-    process = cachefs.foreground("--dirty-expire", "1h")
+    process = cachefs.foreground("--dirty-expire", "1h", "--write-through", "off")
     (cachefs.path / "file").write_bytes(b"x" * 100_000)
     subprocess.run(["umount", str(cachefs.path)], check=True, timeout=60)
     assert process.wait(60) == 0, cachefs.log_text()
@@ -49,7 +49,7 @@ def append_until_error(descriptor: int, acknowledged: list[int]) -> None:
 @needs_root
 def test_sigterm_with_a_file_open_loses_nothing_and_spares_what_is_mounted_in_its_place(cachefs: Command) -> None:
     """A program that writes on and on has some seconds to close; every write that succeeded is on SOURCE."""
-    process = cachefs.foreground("--dirty-expire", "1h")
+    process = cachefs.foreground("--dirty-expire", "1h", "--write-through", "off")
     descriptor = os.open(cachefs.path / "file", os.O_WRONLY | os.O_CREAT)
     acknowledged = [0]
     writer = threading.Thread(target=append_until_error, args=(descriptor, acknowledged))
@@ -75,7 +75,7 @@ def test_sigterm_with_a_file_open_loses_nothing_and_spares_what_is_mounted_in_it
 
 
 def test_sigterm_ends_with_status_1_when_something_could_not_be_written(cachefs: Command) -> None:
-    process = cachefs.foreground("--dirty-expire", "1h", "--fault-plan", cachefs.plan())
+    process = cachefs.foreground("--dirty-expire", "1h", "--write-through", "off", "--fault-plan", cachefs.plan())
     cachefs.plan({"op": "pwritev", "errno": "EIO"})
     with pytest.raises(OSError, match="Input/output error"), (cachefs.path / "file").open("wb") as file:
         file.write(b"x" * 4097)
@@ -89,7 +89,7 @@ def test_sigterm_ends_with_status_1_when_something_could_not_be_written(cachefs:
 
 @needs_root
 def test_an_aborted_connection_writes_everything_and_leaves_no_dead_mount(cachefs: Command) -> None:
-    process = cachefs.foreground("--dirty-expire", "1h")
+    process = cachefs.foreground("--dirty-expire", "1h", "--write-through", "off")
     (cachefs.path / "file").write_bytes(b"x" * 100_000)
     number = os.minor(cachefs.path.stat().st_dev)
     connections = cachefs.directory("connections")  # /sys/fs/fuse/connections is empty where nobody has mounted it
@@ -189,7 +189,7 @@ def test_a_backing_directory_removed_under_a_live_mount(cachefs: Command) -> Non
     """What is open and cached goes on; the rest fails with an errno and at once; the daemon lives and unmounts."""
     (cachefs.source / "cached").write_bytes(b"c" * 50_000)
     (cachefs.source / "directory").mkdir()
-    cachefs.mount("--metadata-ttl", "0s", "--dirty-expire", "1h")
+    cachefs.mount("--metadata-ttl", "0s", "--dirty-expire", "1h", "--write-through", "off")
     with (cachefs.path / "cached").open("rb") as cached, (cachefs.path / "open").open("wb", buffering=0) as written:
         assert cached.read() == b"c" * 50_000
         shutil.rmtree(cachefs.source)

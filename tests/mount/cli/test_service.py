@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from command import DEADLINE_SECONDS, Command, Done, is_mounted
 
+from cachefs import daemon
+
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(90)]
 UNIT = Path(__file__).parents[3] / "deploy" / "systemd" / "cachefs@.service"
 PROGRAM = "/usr/local/bin/cachefs"
@@ -91,7 +93,7 @@ def service(cachefs: Command, *options: object) -> Iterator[Service]:
 
 
 def test_a_service_is_ready_when_its_mountpoint_answers_and_stops_when_all_is_written(cachefs: Command) -> None:
-    with service(cachefs, "--dirty-expire 1h") as it:
+    with service(cachefs, "--dirty-expire 1h --write-through off") as it:
         assert is_mounted(cachefs.path)
         content = os.urandom(4 << 20)
         (cachefs.path / "file").write_bytes(content)
@@ -104,7 +106,7 @@ def test_a_service_is_ready_when_its_mountpoint_answers_and_stops_when_all_is_wr
 
 
 def test_a_service_in_use_is_stopped_by_the_signal_that_follows(cachefs: Command) -> None:
-    with service(cachefs, "--dirty-expire 1h") as it:
+    with service(cachefs, "--dirty-expire 1h --write-through off") as it:
         fd = os.open(cachefs.path / "file", os.O_WRONLY | os.O_CREAT)
         try:
             os.write(fd, b"x" * 100_000)
@@ -121,7 +123,7 @@ def test_a_service_in_use_is_stopped_by_the_signal_that_follows(cachefs: Command
 
 
 def test_a_service_that_serves_says_so_and_one_that_is_stuck_does_not(cachefs: Command) -> None:
-    with service(cachefs, "--dirty-expire 1h") as it:
+    with service(cachefs, "--dirty-expire 1h --write-through off") as it:
         (cachefs.path / "file").write_bytes(b"x" * 5000)
         for _ in range(3):
             it.heard = ""
@@ -142,3 +144,15 @@ def test_a_service_that_serves_says_so_and_one_that_is_stuck_does_not(cachefs: C
         assert (cachefs.source / "file").read_bytes() == b"x" * 5000
         assert it.run("ExecStop").returncode == 0
     cachefs.nothing_left()
+
+
+def test_regression_a_systemd_that_does_not_listen_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be waiting for our mount: a ping that waited for it stopped both for good."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
+        deaf.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        start = time.monotonic()
+        for _ in range(40):  # the kernel keeps 10 of them
+            daemon.notify("WATCHDOG=1")
+        assert time.monotonic() - start < 40 * 2 * daemon.NOTIFY_SECONDS
+        assert deaf.recv(100) == b"WATCHDOG=1"
