@@ -1,7 +1,7 @@
 """A directory of this machine as a store: one system call a method, wherever Linux allows that.
 
-An O_PATH descriptor is refused by the f* calls, so those methods name it `/proc/self/fd/N` instead. The kernel jumps
-from that name straight to the inode, and never goes on through a symbolic link it finds there.
+An O_PATH descriptor is refused by the f* calls, so those methods name it `/proc/self/fd/N` then. The kernel jumps from that
+name straight to the inode, and never goes on through a symbolic link it finds there.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from backing.base import Backing, Entry
 
@@ -33,6 +33,7 @@ LEASE_PAUSE_SECONDS = 0.001  # the first pause for who has the file open; the ne
 IGNORED_FLAGS = os.O_DIRECT | os.O_APPEND
 NEVER_ON_REOPEN = IGNORED_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
+T = TypeVar("T")
 _new = tuple.__new__
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -71,6 +72,10 @@ def _checked(result: int) -> int:
 
 def _path(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
+
+
+def _utime(where: int | str, atime_ns: int, mtime_ns: int) -> None:
+    os.utime(where, ns=(atime_ns, mtime_ns))
 
 
 def _timespec(time_ns: int | None) -> _Timespec:
@@ -192,20 +197,39 @@ class DirectoryBacking(Backing):
     def rename(self, olddirfd: int, oldname: bytes, newdirfd: int, newname: bytes, flags: int = 0) -> None:
         _checked(_libc.renameat2(olddirfd, oldname, newdirfd, newname, flags))
 
+    def _at(self, call: Callable[..., T], fd: int, *arguments: object) -> T:
+        """`call` with a descriptor that is open for data, or with the name of one that is not (O_PATH), or is far away.
+
+        Far away it matters to some (sshfs) whether a call comes through a handle of theirs.
+        """
+        if not self.blocking:
+            try:
+                return call(fd, *arguments)
+            except OSError as error:
+                if error.errno != errno.EBADF:
+                    raise
+        return call(_path(fd), *arguments)
+
     def chmod(self, fd: int, mode: int) -> None:
-        if stat.S_ISLNK(os.fstat(fd).st_mode):  # kernels before 6.6 would change it
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        os.chmod(_path(fd), mode)
+        def chmod(where: int | str) -> None:
+            if where != fd and stat.S_ISLNK(os.fstat(fd).st_mode):  # kernels before 6.6 would change it
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            os.chmod(where, mode)
+
+        self._at(chmod, fd)
 
     def chown(self, fd: int, uid: int, gid: int) -> None:
-        os.chown(_path(fd), uid, gid)
+        self._at(os.chown, fd, uid, gid)
 
     def utime(self, fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
-        times = _TimespecPair(_timespec(atime_ns), _timespec(mtime_ns))
-        _checked(_libc.utimensat(fd, b"", times, AT_EMPTY_PATH))
+        if atime_ns is not None and mtime_ns is not None:
+            self._at(_utime, fd, atime_ns, mtime_ns)
+        else:
+            times = _TimespecPair(_timespec(atime_ns), _timespec(mtime_ns))
+            _checked(_libc.utimensat(fd, b"", times, AT_EMPTY_PATH))
 
     def getxattr(self, fd: int, name: bytes) -> bytes:
-        return os.getxattr(_path(fd), name)
+        return self._at(os.getxattr, fd, name)
 
     def setxattr(self, fd: int, name: bytes, value: bytes, flags: int = 0) -> None:
         os.setxattr(_path(fd), name, value, flags)

@@ -4,9 +4,9 @@ import errno
 import logging
 import math
 import os
-import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
+from time import perf_counter
 from typing import TypeVar
 
 import trio
@@ -36,7 +36,7 @@ class BackingIO:
         self.backing = backing
         self.watchdog = Watchdog(tasks if backing.blocking else None, timeout_seconds, self._probe)
         self.speed = BackingSpeed()
-        self.durations: dict[str, Histogram] = {}  # {op: durations}
+        self.durations: defaultdict[str, Histogram] = defaultdict(Histogram)  # {op: durations}
         self.errors: Counter[str] = Counter()  # {errno name: calls}
         self.read_bytes = 0
         self._limiters: defaultdict[str, trio.CapacityLimiter] = defaultdict(lambda: trio.CapacityLimiter(THREADS_MAX))
@@ -60,20 +60,20 @@ class BackingIO:
 
     def call_now(self, op: str, function: Callable[..., T], *args: object) -> T:
         """The same of a local backing, in plain code."""
-        start = time.perf_counter()
+        start = perf_counter()
         try:
             return function(*args)
         except OSError as error:
             self.count_error(error)
             raise self.told(error) from None
         finally:
-            self._observe(op, time.perf_counter() - start)
+            self.durations[op].observe(perf_counter() - start)
 
     async def in_thread(self, op: str, function: Callable[..., T], *args: object) -> T:
         """The same in a thread. Not cancelled half way: a call that was begun is waited for."""
         limiter = self._limiters[KINDS.get(op, "")]
         call = await self.watchdog.begin(op, limiter) if self.watchdog.watching else None
-        start = time.perf_counter()
+        start = perf_counter()
         try:
             if call is None:  # not abandoned when cancelled (trio's default)
                 return await trio.to_thread.run_sync(function, *args, limiter=limiter)
@@ -87,7 +87,7 @@ class BackingIO:
         finally:
             if call is not None:
                 self.watchdog.end(call)
-            self._observe(op, time.perf_counter() - start)
+            self.durations[op].observe(perf_counter() - start)
 
     def close(self, fd: int) -> None:
         """Gives back a descriptor of file data. Far away that is a call like others, and nobody waits for it."""
@@ -125,26 +125,20 @@ class BackingIO:
 
     def read_now(self, fd: int, buffers: list[memoryview], offset: int) -> int:
         """What the backing has at hand; BlockingIOError where it would wait."""
-        start = time.perf_counter()
+        start = perf_counter()
         nbytes = self.backing.preadv_nowait(fd, buffers, offset)
-        self._observe("read", time.perf_counter() - start)
+        self.durations["read"].observe(perf_counter() - start)
         self.read_bytes += nbytes
         return nbytes
 
     async def read(self, fd: int, buffers: list[memoryview], offset: int, enough_bytes: int) -> int:
         """Fills `buffers` from `offset`; fewer bytes only at the end of the file, or where there are enough."""
-        start = time.perf_counter()
+        start = perf_counter()
         nbytes = await self.in_thread("read", read_fully, self.backing, fd, buffers, offset, enough_bytes)
-        now = time.perf_counter()
+        now = perf_counter()
         self.speed.observe(nbytes, now - start, now)
         self.read_bytes += nbytes
         return nbytes
-
-    def _observe(self, op: str, seconds: float) -> None:
-        histogram = self.durations.get(op)
-        if histogram is None:
-            histogram = self.durations[op] = Histogram()
-        histogram.observe(seconds)
 
     def count_error(self, error: OSError) -> None:
         """To be called besides for what a thread hands back instead of raising it."""

@@ -15,6 +15,8 @@ from cachefs.xattrs import ACL_DEFAULT
 if TYPE_CHECKING:
     from cachefs.fs import FileSystem
 
+NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -100,12 +102,34 @@ class Creation:
                 return mode & ~caller.umask
         return mode
 
+    def create_now(self, parent: Inode, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Inode, Opened] | None:
+        """`create` in a local directory, for the user that we are, in plain code; None, and nothing done, where it is another."""
+        dirfd = parent.fd
+        if dirfd < 0 or (caller.uid, caller.gid) != self._user:
+            return None
+        if mode & caller.umask:
+            try:
+                self.io.call_now("getxattr", self.backing.getxattr, dirfd, ACL_DEFAULT)
+            except OSError:
+                mode &= ~caller.umask
+        try:
+            fd, st = self.io.call_now("create", self.backing.open_stat, dirfd, name, NEW, stat.S_IMODE(mode))
+        finally:
+            self.descriptors.renamed(parent)
+        return self._created(parent, name, fd, st, flags, caller)
+
+    def _created(
+        self, parent: Inode, name: bytes, fd: int, st: os.stat_result, flags: int, caller: Caller
+    ) -> tuple[Inode, Opened]:
+        inode = self.fs.found(parent, name, st)
+        inode.lookups += 1
+        return inode, self.files.open_created(inode, fd, flags, caller.uid, caller.gids, caller.pid)
+
     async def create(self, parent: Inode, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Inode, Opened]:
         """Makes and opens a regular file; ESTALE if one appeared meanwhile."""
         mode = await self._masked(parent, mode, caller)
-        how = os.O_RDWR | os.O_CREAT | os.O_EXCL
         try:
-            fd, st = await self.descriptors.at("create", parent, self.backing.open_stat, name, how, stat.S_IMODE(mode))
+            fd, st = await self.descriptors.at("create", parent, self.backing.open_stat, name, NEW, stat.S_IMODE(mode))
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
@@ -122,6 +146,4 @@ class Creation:
         except BaseException:
             self.io.close(fd)
             raise
-        inode = self.fs.found(parent, name, st)
-        inode.lookups += 1
-        return inode, self.files.open_created(inode, fd, flags, caller.uid, caller.gids, caller.pid)
+        return self._created(parent, name, fd, st, flags, caller)

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from cachefs.cache.file import CachedFile
 from cachefs.journal.journal import JournalFile
@@ -168,8 +169,7 @@ class Listed:
     with_attributes: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Attributes:
+class Attributes(NamedTuple):
     """Attributes as programs see them; `st` has those that are always the backing's."""
 
     st: os.stat_result

@@ -6,7 +6,7 @@ is taken in at its end.
 
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cachefs.attributes import AttributeCache, now_ns
 from cachefs.backingio import BackingIO
@@ -20,8 +20,7 @@ from cachefs.writeback import Writeback
 SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
-@dataclass(slots=True)
-class Changes:
+class Changes(NamedTuple):
     """What setattr is to change; None = leave it."""
 
     mode: int | None = None

@@ -18,7 +18,9 @@ READS_MAX = 3  # of a range that comes back short although the file goes on
 LEASE_PATIENCE_SECONDS = 0.03  # for somebody who has the file open in SOURCE: most are done by then
 CONFLICTS_IN_A_ROW = 3  # versions of others that are kept before a batch gives up and is tried again later
 AT_ONCE_BYTES, AT_ONCE_EXTENTS = 64 << 10, 16  # a batch of no more goes to a local file with no thread, which would cost more
-SLOW_SECONDS, CAREFUL_TIMES = 0.002, 50  # once that took long, all go to threads for so many times longer: hits wait for no disk
+# What takes that long is a wait for a disk, and hits wait with it: for a fiftieth of the time at most, and for so many seconds
+# before that counts. Beyond that all goes to threads.
+SLOW_SECONDS, CAREFUL_TIMES, PATIENCE_SECONDS = 0.002, 50, 0.01
 START_SYNC_BYTES = 1 << 20  # extents from this size on go to the disk at once, or all of a long write would be left to fsync
 DEAD = GONE | {errno.EIO, errno.EBADF, errno.ESTALE}  # what descriptors of a lost connection give
 
@@ -54,8 +56,9 @@ class DataDescriptors:
 
     def took(self, seconds: float) -> None:
         """How long such a batch was under way."""
-        if seconds > SLOW_SECONDS:
-            self._careful_until = time.perf_counter() + CAREFUL_TIMES * seconds
+        if seconds > SLOW_SECONDS:  # a leaky bucket, kept as the time at which it is empty
+            forgiven = time.perf_counter() - CAREFUL_TIMES * PATIENCE_SECONDS
+            self._careful_until = max(self._careful_until, forgiven) + CAREFUL_TIMES * seconds
 
     async def reader(self, inode: Inode) -> int:
         if inode.reader < 0:

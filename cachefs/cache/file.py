@@ -129,6 +129,8 @@ class CachedFile:
     def pages_to_fill(self, offset: int, size: int) -> list[int]:
         """Pages that a write of [offset, offset + size) covers only partly, that hold data, and that are not here yet."""
         end = offset + size
+        if not offset & (PAGE_SIZE - 1) and (end >= self.size or not end & (PAGE_SIZE - 1)):
+            return []
         wanted = {page for page, at in ((offset >> PAGE_SHIFT, offset), (end >> PAGE_SHIFT, end)) if at & (PAGE_SIZE - 1)}
         found = []
         for page in sorted(wanted):

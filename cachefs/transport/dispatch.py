@@ -12,6 +12,7 @@ from backing.base import Entry
 from cachefs.files import Opened
 from cachefs.handle import DirectoryHandle
 from cachefs.inode import Inode
+from cachefs.setattr import Changes
 from cachefs.transport import wire
 from cachefs.transport.lookers import Lookers
 from cachefs.transport.operations import Operations, blocks_of
@@ -58,6 +59,14 @@ class WireOperations(Operations):
         attr = wire.attributes(inode.node, seen, blocks_of(seen))
         name_seconds = self.ttl_seconds if name_seconds is None else name_seconds
         return wire.entry(inode.node, name_seconds, self._attr_seconds(inode), attr)
+
+    def _attr(self, inode: Inode) -> Any:
+        seen = inode.attributes()
+        return wire.attr_out(self._attr_seconds(inode), wire.attributes(inode.node, seen, blocks_of(seen)))
+
+    def _changes(self, attr: Any, fields: Any) -> Changes:
+        changes: Changes = attr
+        return changes
 
     def _nothing(self) -> Any:
         return wire.entry(0, self.ttl_seconds, 0.0, wire.NO_ATTRIBUTES)
@@ -154,11 +163,10 @@ class Dispatch:
         await self.operations.forget(wire.batch_forget_in(request))
 
     async def getattr(self, request: Request) -> Answer:
-        return wire.attr_out(await self.operations.getattr(request.node, request))
+        return await self.operations.getattr(request.node, request)
 
     async def setattr(self, request: Request) -> Answer:
-        changes = wire.setattr_in(request.body)
-        return wire.attr_out(await self.operations.setattr(request.node, changes, changes, None, request))
+        return await self.operations.setattr(request.node, wire.setattr_in(request.body), None, None, request)
 
     async def access(self, request: Request) -> Answer:
         await self.operations.access(request.node, 0, request)

@@ -65,17 +65,6 @@ def caller(ctx: RequestContext) -> Caller:
     return Caller(ctx.uid, ctx.gid, ctx.umask, frozenset((ctx.gid,)), ctx.pid)
 
 
-def changes_in(attr: EntryAttributes, fields: SetattrFields) -> Changes:
-    return Changes(
-        mode=attr.st_mode if fields.update_mode else None,
-        uid=attr.st_uid if fields.update_uid else None,
-        gid=attr.st_gid if fields.update_gid else None,
-        size=attr.st_size if fields.update_size else None,
-        atime_ns=attr.st_atime_ns if fields.update_atime else None,
-        mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
-    )
-
-
 def groups_of(ctx: RequestContext, inode: Inode) -> frozenset[int]:
     """The caller's groups; the supplementary ones cost a look into /proc and are asked for only where they decide anything."""
     if not ctx.uid or inode.st.st_mode & (stat.S_ISGID | stat.S_IXGRP) != stat.S_ISGID:
@@ -95,8 +84,8 @@ def blocks_of(seen: Attributes) -> int:
 class Operations(pyfuse3.Operations):
     """pyfuse3's handlers. `kernel_cache` is what the kernel may keep: off | open | keep.
 
-    `forget_attributes(node)` makes the kernel ask for them again. What `_entry`, `_nothing`, `_info` and `_statfs` make is
-    what the transport takes for an answer: pyfuse3's objects here.
+    `forget_attributes(node)` makes the kernel ask for them again. What `_entry`, `_attr`, `_nothing`, `_info` and `_statfs` make
+    is what the transport takes for an answer, what `_changes` takes is what it has: pyfuse3's objects here.
     """
 
     supports_dot_lookup = False
@@ -138,6 +127,20 @@ class Operations(pyfuse3.Operations):
     def _attr_seconds(self, inode: Inode) -> float:
         """How long the kernel may believe them: what was read a while ago, only for the rest of the time."""
         return max(0.0, inode.checked_at + self.ttl_seconds - trio.current_time())
+
+    def _attr(self, inode: Inode) -> EntryAttributes:
+        """Attributes alone, with no name."""
+        return self._entry(inode)
+
+    def _changes(self, attr: EntryAttributes, fields: SetattrFields) -> Changes:
+        return Changes(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
 
     def _nothing(self) -> EntryAttributes:
         """That there is no such name; the kernel may believe it for a while."""
@@ -185,15 +188,15 @@ class Operations(pyfuse3.Operations):
     async def getattr(self, node: InodeT, ctx: RequestContext) -> EntryAttributes:
         inode = self._inode(node)
         await self.fs.getattr(inode)
-        return self._entry(inode)
+        return self._attr(inode)
 
     @request
     async def setattr(
         self, node: InodeT, attr: EntryAttributes, fields: SetattrFields, fh: FileHandleT | None, ctx: RequestContext
     ) -> EntryAttributes:
         inode = self._inode(node)
-        await self.ask(self.files.setter.setattr, inode, changes_in(attr, fields), ctx.uid, groups_of(ctx, inode))
-        return self._entry(inode)
+        await self.ask(self.files.setter.setattr, inode, self._changes(attr, fields), ctx.uid, groups_of(ctx, inode))
+        return self._attr(inode)
 
     @request
     async def access(self, node: InodeT, mode: ModeT, ctx: RequestContext) -> bool:

@@ -1,17 +1,18 @@
-"""Requests that a local SOURCE lets us answer at once, in plain code: the frequent ones that look, open, close, or set times.
+"""Requests that a local SOURCE lets us answer at once, in plain code: the frequent ones.
 
-Each is what `Operations` does, less the coroutines on the way. An errno is an answer, too. None says that it has to wait, or went
-wrong: then nothing was done, and it goes the way of all requests.
+They look, open, make, close, or set attributes. Each is what `Operations` does, less the coroutines on the way. An errno is an
+answer, too. None says that it has to wait, or went wrong: then nothing was done, and it goes the way of all requests.
 """
 
 import time
 from collections.abc import Callable
 from typing import Any
 
+from cachefs.creation import Caller
 from cachefs.statistics import Histogram
 from cachefs.transport import wire
 from cachefs.transport.dispatch import DONE, Answer, WireOperations, sized
-from cachefs.transport.operations import changes_in, groups_of
+from cachefs.transport.operations import groups_of
 from cachefs.transport.wire import Request
 
 QuickHandler = Callable[[Request], Answer | int | None]
@@ -27,7 +28,8 @@ class Quick:
             wire.LOOKUP: (self.lookup, "lookup"), wire.GETATTR: (self.getattr, "getattr"), wire.OPEN: (self.open, "open"),
             wire.FLUSH: (self.flush, "flush"), wire.RELEASE: (self.release, "release"),
             wire.OPENDIR: (self.opendir, "opendir"), wire.RELEASEDIR: (self.releasedir, "releasedir"),
-            wire.SETATTR: (self.setattr, "setattr"), wire.GETXATTR: (self.getxattr, "getxattr"),
+            wire.CREATE: (self.create, "create"), wire.SETATTR: (self.setattr, "setattr"),
+            wire.GETXATTR: (self.getxattr, "getxattr"),
         }  # fmt: skip
         local = not operations.fs.backing.blocking
         self.handlers = {opcode: timed(*how, operations.durations) for opcode, how in made.items()} if local else {}
@@ -45,7 +47,7 @@ class Quick:
 
     def getattr(self, request: Request) -> Answer | None:
         inode = self.table.get(request.node)
-        return wire.attr_out(self.operations._entry(inode)) if self.files.attributes.refresh_now(inode) else None
+        return self.operations._attr(inode) if self.files.attributes.refresh_now(inode) else None
 
     def open(self, request: Request) -> Answer | None:
         inode, flags = self.table.get(request.node), wire.open_in(request.body)
@@ -57,12 +59,20 @@ class Quick:
             self.operations.forget_quietly(request.node)
         return self.operations._info(opened)
 
-    def setattr(self, request: Request) -> Answer | None:
-        inode, asked = self.table.get(request.node), wire.setattr_in(request.body)
-        fields: Any = asked  # it has what pyfuse3's have
-        if not self.files.setter.setattr_now(inode, changes_in(fields, fields)):
+    def create(self, request: Request) -> Answer | None:
+        name, mode, flags = wire.create_in(request)
+        who = Caller(request.uid, request.gid, request.umask, frozenset((request.gid,)), request.pid)
+        made = self.fs.creation.create_now(self.table.get(request.node), name, mode, flags, who)
+        if made is None:
             return None
-        return wire.attr_out(self.operations._entry(inode))
+        inode, opened = made
+        return self.operations._entry(inode) + self.operations._info(opened)
+
+    def setattr(self, request: Request) -> Answer | None:
+        inode = self.table.get(request.node)
+        if not self.files.setter.setattr_now(inode, wire.setattr_in(request.body)):
+            return None
+        return self.operations._attr(inode)
 
     def flush(self, request: Request) -> Answer | None:
         """Where nothing is to be reported; data goes to a local SOURCE later."""

@@ -12,6 +12,7 @@ from typing import Final
 
 from backing.base import Entry
 from cachefs.inode import Attributes
+from cachefs.setattr import Changes
 
 LOOKUP, FORGET, GETATTR, SETATTR, READLINK, SYMLINK, MKNOD, MKDIR, UNLINK = 1, 2, 3, 4, 5, 6, 8, 9, 10
 RMDIR, RENAME, LINK, OPEN, READ, WRITE, STATFS, RELEASE, FSYNC = 11, 12, 13, 14, 15, 16, 17, 18, 20
@@ -89,33 +90,19 @@ class Request:
         return number
 
 
-@dataclass(slots=True)
-class SetAttr:
-    """What a SETATTR is to change, in the words of pyfuse3: both its attributes and its fields."""
-
-    st_mode: int
-    st_uid: int
-    st_gid: int
-    st_size: int
-    st_atime_ns: int
-    st_mtime_ns: int
-    update_mode: bool
-    update_uid: bool
-    update_gid: bool
-    update_size: bool
-    update_atime: bool
-    update_mtime: bool
-
-
 # --- requests
 
 
-def setattr_in(body: memoryview) -> SetAttr:
+def setattr_in(body: memoryview) -> Changes:
     valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _ = _SETATTR.unpack_from(body)
-    return SetAttr(
-        mode, uid, gid, size, atime * SECOND_NS + atime_ns, mtime * SECOND_NS + mtime_ns,
-        *(bool(valid & bit) for bit in (SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME)),
-    )  # fmt: skip
+    return Changes(
+        mode if valid & SET_MODE else None,
+        uid if valid & SET_UID else None,
+        gid if valid & SET_GID else None,
+        size if valid & SET_SIZE else None,
+        atime * SECOND_NS + atime_ns if valid & SET_ATIME else None,
+        mtime * SECOND_NS + mtime_ns if valid & SET_MTIME else None,
+    )
 
 
 def mknod_in(request: Request) -> tuple[bytes, int, int]:
@@ -246,10 +233,9 @@ def entry(node: int, name_seconds: float, attr_seconds: float, attr: bytes) -> b
 NO_ATTRIBUTES: Final = bytes(ATTR.size)
 
 
-def attr_out(found: bytes) -> bytes:
-    """struct fuse_attr_out, from an `entry`."""
-    _, _, _, attr_s, _, attr_ns = ENTRY.unpack_from(found)
-    return ATTR_VALID.pack(attr_s, attr_ns, 0) + found[ENTRY.size :]
+def attr_out(seconds: float, attr: bytes) -> bytes:
+    """struct fuse_attr_out: for how long the attributes may be believed, and what they are."""
+    return ATTR_VALID.pack(*valid_for(seconds), 0) + attr
 
 
 def mode_of(found: bytes) -> int:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
+import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from struct import Struct
 
 import pytest
 import trio
+from pyfuse3 import FUSEError
 
 from cachefs.inode import Inode
 from cachefs.transport import wire
@@ -296,5 +299,44 @@ def test_attributes_that_cannot_be_set_leave_no_trace(tmp_path: Path) -> None:
             assert (await stage.kernel.reply(stage.kernel.send(wire.SETATTR, node, setattr_body(**values)))).errno == errno.EROFS
         stage.world.backing.set_plan([])
         assert inode.attributes() == shown
+
+    on(tmp_path, main)
+
+
+def create_body(name: bytes, umask: int = 0o022) -> bytes:
+    return wire._CREATE.pack(os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o100666, umask, 0) + name + b"\0"
+
+
+def test_a_file_is_made_as_the_long_way_makes_it(tmp_path: Path) -> None:
+    """Under both of the names that lead to another answer, too: one that is taken, and one of a directory with a default ACL."""
+    (tmp_path / "d").mkdir()
+    subprocess.run(["setfacl", "-d", "-m", "u::rw,g::rw,o::r", str(tmp_path / "d")], check=True)
+
+    async def main(stage: Stage) -> None:
+        directory = (await stage.kernel.must(wire.LOOKUP, body=b"d\0")).entry
+        assert quick(stage, wire.CREATE, directory, create_body(b"never")) is None, "it is not open"
+        await stage.world.descriptors.at("stat", stage.world.table.get(directory), stage.world.backing.fstat)
+        for node, mode in ((NODE_OF_ROOT, 0o644), (directory, 0o664)):
+            made = []
+            for name, way in ((b"quick", quick(stage, wire.CREATE, node, create_body(b"quick"))), (b"slow", None)):
+                answer = way or await slow(stage, wire.CREATE, node, create_body(name))
+                inode = stage.world.table.named(stage.world.table.get(node), name)
+                assert inode is not None and answer[wire.ENTRY.size : -wire.OPENED.size] == known(inode)
+                handle = stage.world.files.handles[wire.OPENED.unpack(answer[-wire.OPENED.size :])[0]]
+                assert handle.inode is inode and handle.writable and inode.writer >= 0 and inode.made
+                made.append((inode.lookups, inode.opens, stat.S_IMODE(inode.st.st_mode)))
+            assert made == [(1, 1, mode)] * 2
+        assert quick(stage, wire.CREATE, NODE_OF_ROOT, create_body(b"slow")) is None
+        with pytest.raises(FUSEError) as refused:
+            await slow(stage, wire.CREATE, NODE_OF_ROOT, create_body(b"slow"))
+        assert refused.value.errno == errno.EEXIST
+
+    on(tmp_path, main)
+
+
+def test_another_users_file_is_made_the_long_way(tmp_path: Path) -> None:
+    async def main(stage: Stage) -> None:
+        asked = Request(2, NODE_OF_ROOT, os.getuid() + 1, os.getgid(), os.getpid(), memoryview(create_body(b"theirs")))
+        assert stage.lane._quick[wire.CREATE](asked) is None and not (tmp_path / "theirs").exists()
 
     on(tmp_path, main)
