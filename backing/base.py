@@ -202,6 +202,10 @@ class Backing(ABC):
         """Ends what `lease` began."""
         return
 
+    def has_fine_times(self) -> bool:
+        """Whether two changes of a file never leave the same ctime, if somebody looked between them; else a tick may hide one."""
+        return False
+
     def watch_path(self, fd: int) -> str | None:
         """What inotify_add_watch takes for the directory behind `fd`; None where changes by others cannot be watched."""
         return None

@@ -27,6 +27,7 @@ AT_STATX_FORCE_SYNC, STATX_SIZE, STATX_BYTES, STX_SIZE_AT = 0x2000, 0x200, 256, 
 SYNC_FILE_RANGE_WRITE = 2
 UTIME_OMIT = (1 << 30) - 2
 MAX_HANDLE_BYTES = 128
+FINE_TRIES, FINE_WRITES, LEAST_TICK_SECONDS = 9, 8, 0.001  # a coarse clock has at most 1000 times a second (CONFIG_HZ)
 LEASE_PAUSE_SECONDS = 0.001  # the first pause for who has the file open; the next ones double
 
 # O_DIRECT would demand aligned buffers; O_APPEND would make pwritev ignore its offset.
@@ -273,6 +274,26 @@ class DirectoryBacking(Backing):
 
     def unlease(self, fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+    def has_fine_times(self) -> bool:
+        """As file systems have from Linux 6.13 on (multigrain timestamps). Tried with a file that has no name."""
+        if self.blocking:
+            return False
+        try:
+            fd = os.open(_path(self._top), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError:
+            return False
+        try:
+            for _ in range(FINE_TRIES):
+                start, times = time.monotonic(), set()
+                for _ in range(FINE_WRITES):
+                    os.pwrite(fd, b"x", 0)
+                    times.add(os.fstat(fd).st_ctime_ns)
+                if time.monotonic() - start < (FINE_WRITES - 1) * LEAST_TICK_SECONDS:  # else a coarse clock would do as well
+                    return len(times) == FINE_WRITES
+            return False
+        finally:
+            os.close(fd)
 
     def watch_path(self, fd: int) -> str | None:
         return None if self.blocking else _path(fd)

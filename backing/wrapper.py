@@ -83,6 +83,9 @@ class Wrapper(Backing):
     def unlease(self, fd: int) -> None:
         self.inner.unlease(fd)
 
+    def has_fine_times(self) -> bool:
+        return not self.blocking and self.inner.has_fine_times()
+
     def watch_path(self, fd: int) -> str | None:
         return None if self.blocking else self.inner.watch_path(fd)
 

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,6 @@ Ready = Callable[[Mapping[str, object]], None]
 Show = Callable[[Mapping[str, Any]], None]
 Serve = Callable[[Config, State, Ready], int]
 
-NOTIFY_SECONDS = 0.1  # for room among the messages that systemd has not read: it has had ten of us by then
 PINGS = 4  # in the time after which systemd takes us for stuck
 EXTEND_USEC = 60_000_000  # systemd is told at least every file of a recovery
 LOG_BYTES = 4 * 1024 * 1024
@@ -37,18 +37,26 @@ def run(config: Config, state: State, serve: Serve, *, foreground: bool, show: S
     return _run_foreground(config, state, serve) if foreground else _run_background(config, state, serve, show)
 
 
-def notify(message: str) -> None:
+def notify(message: str, must_arrive: bool = False) -> None:
     """Tells systemd (READY=1, STOPPING=1, STATUS=...) if it started us and asked to be told.
 
-    If it does not listen, it may be waiting for our mount: so we do not wait for it, or not for long.
+    Who serves a file system does not wait for systemd, which may be waiting for that. Where there is no room, it has ten messages
+    of us to read: so most need not arrive, and a thread waits with one that must.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
-    if address[:1] not in ("/", "@"):
-        return
+    if address[:1] in ("/", "@") and not _sent(address, message, socket.MSG_DONTWAIT) and must_arrive:
+        threading.Thread(target=_sent, args=(address, message, 0), name="cachefs-notify", daemon=True).start()
+
+
+def _sent(address: str, message: str, flags: int) -> bool:
+    """False where there is no room. A systemd that is not there is told nothing."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifying:
-        notifying.settimeout(NOTIFY_SECONDS)
-        notifying.connect("\0" + address[1:] if address[0] == "@" else address)
-        notifying.sendall(message.encode("utf-8", "replace"))
+        try:
+            notifying.connect("\0" + address[1:] if address[0] == "@" else address)
+            notifying.sendall(message.encode("utf-8", "replace"), flags)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def ping_seconds() -> float | None:
@@ -62,7 +70,7 @@ def ping_seconds() -> float | None:
 def stopping(state: State) -> None:
     """Says that the unmount has begun: `serve` calls it before it writes out what is left."""
     state.mark_stopping()
-    notify("STOPPING=1\nSTATUS=writing out")
+    notify("STOPPING=1\nSTATUS=writing out", must_arrive=True)
 
 
 def _run_foreground(config: Config, state: State, serve: Serve) -> int:
@@ -74,7 +82,7 @@ def _run_foreground(config: Config, state: State, serve: Serve) -> int:
             notify(f"EXTEND_TIMEOUT_USEC={EXTEND_USEC}\nSTATUS=writing out what a predecessor left")
             return
         _publish(state, addresses)
-        notify(f"READY=1\nSTATUS=serving {config.source} on {config.mountpoint}")
+        notify(f"READY=1\nSTATUS=serving {config.source} on {config.mountpoint}", must_arrive=True)
 
     try:
         return serve(config, state, ready)

@@ -303,6 +303,15 @@ class Files:
             await self.io.ask(self.setter.kill_set_id, inode, handle.gids)
         if offset + len(data) > EXTEND_AT_ONCE_BYTES and offset + len(data) > inode.st.st_size:
             await self.io.ask(self.setter.extend, inode, offset + len(data))
+        if not self.through.write(handle, offset, memoryview(data)):
+            await self._write_dirty(handle, inode, file, offset, data)
+        if handle.synchronous:
+            await self.io.ask(self.durability.fsync, handle, True)
+        return len(data)
+
+    async def _write_dirty(
+        self, handle: Handle, inode: Inode, file: CachedFile, offset: int, data: bytes | memoryview
+    ) -> None:
         if self.writeback.must_throttle(len(data)):
             with self.io.watchdog.patience():
                 await self.writeback.throttle(len(data))
@@ -315,9 +324,6 @@ class Files:
         await self.filler.write(file, offset, data, dirtied, handle.account, handle.readahead.transient)
         if not safe:
             await self.io.ask(self.writeback.flush, inode)
-        if handle.synchronous:
-            await self.io.ask(self.durability.fsync, handle, True)
-        return len(data)
 
     def write_now(self, number: int, offset: int, data: memoryview) -> bool:
         """`write` in plain code. False where it may have to wait: then all of it is to be written again."""

@@ -58,6 +58,11 @@ class Keeper:
         used = slots.used
         return used + (nbytes >> PAGE_SHIFT) + 2 > slots.count and used > 0
 
+    @property
+    def behind(self) -> bool:
+        """Whether, were we killed now, there might be something of a file of which nothing is unwritten."""
+        return self.synced is not None or (self.journal is not None and self.journal.behind)
+
     def wrote(self, inode: Inode, offset: int, nbytes: int) -> bool:
         """The cache has these bytes. False: the journal does not, so they go to the backing before they are acknowledged."""
         journal, file = self.journal, inode.file

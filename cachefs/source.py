@@ -159,6 +159,9 @@ class DataDescriptors:
         kept = False
         if writable and inode.writer < 0:
             inode.writer, kept = fd, True
+            if readable and inode.reader >= 0 and not inode.busy and not self.io.backing.blocking:
+                self._close(inode.reader)  # a second one of ours would be in the way of leases
+                inode.reader = -1
         if readable and inode.reader < 0:
             inode.reader, kept = fd, True
         if not kept:

@@ -260,6 +260,7 @@ class PageCache:
         except (NoRoom, Busy):
             if (old := file.groups.get(index)) is not None:
                 self.remove(old, old.uptodate & mask, "invalidated")
+                self.room.unpark_all()
             return
         self._copy_in(group, mask, offset, data)
         group.make_clean(mask)

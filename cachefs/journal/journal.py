@@ -228,6 +228,11 @@ class Journal:
             file.record.seq = self.seq
             self._unnoted[file] = None
 
+    @property
+    def behind(self) -> bool:
+        """Whether the index has records still that it was to lose."""
+        return bool(self._undeleted)
+
     def settle(self) -> None:
         """Writes down what was noted and is not written yet."""
         if self._unnoted:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from backing.directory import DirectoryBacking
 from mounts import Factory, Mount, wait_until
 from twin import NOBODY, as_user, opened, outcome
 
@@ -109,6 +110,7 @@ def test_a_write_is_seen_by_others_at_once_and_is_in_source_later(mounted: Facto
 )
 def test_small_writes_to_a_local_source_are_there_at_once(mounted: Factory, options: Sequence[str], at_once: bool) -> None:
     mount = mounted("--dirty-expire", "1h", *options)
+    at_once = at_once and DirectoryBacking(mount.source).has_fine_times()
     with opened(os.fspath(mount.path / "file"), RDWR_CREAT) as fd:
         for i in range(3):
             os.pwrite(fd, b"acknowledged", 5000 * i)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -340,3 +343,19 @@ def test_a_wrong_plan_is_refused_in_one_line(inner: DirectoryBacking, plan: obje
 
 def test_a_missing_plan_file_is_refused_at_the_start(inner: DirectoryBacking, tmp_path: Path) -> None:
     refused(errno.ENOENT, FaultyBacking, inner, str(tmp_path / "none.json"))
+
+
+def test_times_that_tell_changes_apart_are_found_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backing, stamps, seconds = DirectoryBacking(tmp_path), itertools.count(1), itertools.count()
+    with monkeypatch.context() as patched:
+        for times, fine in ((stamps, True), (itertools.repeat(7), False), ((n // 2 for n in stamps), False)):
+            patched.setattr(os, "fstat", lambda fd, times=times: SimpleNamespace(st_ctime_ns=next(times)))
+            assert backing.has_fine_times() == fine
+        patched.setattr(os, "fstat", lambda fd: SimpleNamespace(st_ctime_ns=next(stamps)))
+        patched.setattr(time, "monotonic", lambda: next(seconds))
+        assert not backing.has_fine_times(), "it took so long that ticks may have passed"
+    assert not list(tmp_path.iterdir())
+    backing.shutdown()
+    far = DirectoryBacking(tmp_path, blocking=True)
+    assert not far.has_fine_times()
+    far.shutdown()

@@ -33,7 +33,7 @@ class Scene:
     """A stack over a directory, its clock in the test's hand, and the picture of it."""
 
     def __init__(self, source: Path, nursery: trio.Nursery) -> None:
-        options = {"cache_size": "8G", "readahead_max": "0"}
+        options = {"cache_size": "8G", "readahead_max": "0", "write_through": "off"}
         config = make_config(str(source), str(source.parent / "mnt"), options, memory_bytes=64 << 30)
         self.source = source
         self.stack = Stack(config, DirectoryBacking(source), nursery, lambda inode: None, lambda parent, name: None)

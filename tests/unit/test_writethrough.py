@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import trio.testing
 
 from cachefs.cache.page import GROUP_SIZE, PAGE_SIZE
 from cachefs.handle import Handle
+from cachefs.journal.index import Key, Row
 from cachefs.source import AT_ONCE_BYTES, PATIENCE_SECONDS, SLOW_SECONDS
 from cachefs.writethrough import THROUGH_MOST
-from world import World, copies, world_of
+from world import Leftovers, World, copies, world_of
 
 Test = Callable[[World], Awaitable[None]]
 Place = tuple[int, bytes]  # of a write: offset, data
@@ -91,6 +93,12 @@ async def is_larger(world: World, handle: Handle, held: ExitStack) -> Place:
     return 0, bytes(AT_ONCE_BYTES + 1)
 
 
+async def comes_to_coarse_times(world: World, handle: Handle, held: ExitStack) -> Place:
+    """What others answer at once would look like ours."""
+    world.backing.has_fine_times = lambda: False  # type: ignore[method-assign]
+    return 0, b"a"
+
+
 async def is_to_a_file_without_a_name(world: World, handle: Handle, held: ExitStack) -> Place:
     await world.fs.unlink(world.table.root, b"file")
     return 0, b"a"
@@ -125,14 +133,17 @@ async def comes_after_several_slow_ones(world: World, handle: Handle, held: Exit
 
 
 async def finds_the_file_unwritten(world: World, handle: Handle, held: ExitStack) -> Place:
+    world.files.through.wanted = False
     await world.files.write(1, 50, b"b")
+    world.files.through.wanted = True
     return 0, b"a"
 
 
 @pytest.mark.parametrize(
     "why",
     [
-        is_larger, is_to_a_file_without_a_name, is_to_a_file_that_somebody_removed, is_to_a_file_that_somebody_has_open,
+        is_larger, comes_to_coarse_times,
+        is_to_a_file_without_a_name, is_to_a_file_that_somebody_removed, is_to_a_file_that_somebody_has_open,
         will_not_be_read_again, comes_after_a_slow_one, comes_after_several_slow_ones, finds_the_file_unwritten,
     ],
 )  # fmt: skip
@@ -244,7 +255,7 @@ def test_what_source_does_not_take_whole_waits_in_the_cache(tmp_path: Path, faul
         (world.top / "file").write_bytes(b"-" * 3 * PAGE_SIZE)
         inode, handle = await world.open("file")
         await world.read(handle, 0, 3 * PAGE_SIZE)
-        world.backing.set_plan([{"op": "pwritev", "count": 1, **fault}])
+        world.backing.set_plan([{"op": "pwritev", "count": 2, **fault}])  # it is tried once more at once
         data = b"x" * 2 * PAGE_SIZE
         if not world.files.write_now(handle, 10, memoryview(data)):
             await world.files.write(handle, 10, data)
@@ -278,5 +289,88 @@ def test_off_nothing_goes_through(tmp_path: Path) -> None:
         inode, handle = await world.open("file")
         write(world, handle, 0, b"a")
         assert inode.unwritten
+
+    over(tmp_path, test)
+
+
+async def written(world: World, handle: int, offset: int, data: bytes) -> None:
+    """At once or not, as the lane does it."""
+    if not world.files.write_now(handle, offset, memoryview(data)):
+        await world.files.write(handle, offset, data)
+
+
+def test_what_somebody_changes_after_a_refused_write_is_kept(tmp_path: Path) -> None:
+    """Whatever was refused, what the file showed then is known: else writeback would not compare."""
+
+    async def test(world: World) -> None:
+        (world.top / "file").write_bytes(b"-" * 100)
+        inode, handle = await world.open("file")
+        world.backing.set_plan([{"op": "pwritev", "count": 2, "errno": "EDQUOT"}])
+        await written(world, handle, 0, b"ours")
+        assert inode.unwritten and not inode.unsure
+        world.backing.set_plan([])
+        (world.top / "file").write_bytes(b"theirs, which are long and dear to them" * 3)
+        assert await world.writeback.flush_all() == []
+        assert list(copies(world.top).values()) == [b"theirs, which are long and dear to them" * 3]
+
+    over(tmp_path, test)
+
+
+def test_regression_a_truncate_that_the_journal_could_not_forget_cuts_nothing_off(tmp_path: Path) -> None:
+    """A kill would have had it completed: over what went through after it, of which the journal knows nothing."""
+
+    async def test(world: World) -> None:
+        journal, through = world.keeper.journal, world.files.through
+        assert journal is not None
+        inode, handle = await world.open("file")
+        other = (await world.open("other"))[1]
+        through.wanted = False
+        for number, data in ((other, b"b"), (other, b"B"), (handle, b"a" * 100)):
+            write(world, number, 0, data)
+        commit = journal.index.commit
+
+        def without_deletes(puts: Sequence[Row] = (), deletes: Sequence[Key] = ()) -> None:
+            if deletes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            commit(puts, deletes)
+
+        journal.index.commit = without_deletes  # type: ignore[method-assign]
+        await world.truncate(inode, 0)
+        journal.index.commit = commit  # type: ignore[method-assign]
+        through.wanted = True
+        assert journal.behind and not inode.unwritten and inode.journaled is None
+        await written(world, other, 0, b"C")  # in place, with no commit
+        await written(world, handle, 0, b"precious")
+        assert Leftovers(journal).content(inode, inode.writer) == b"precious"
+
+    over(tmp_path, test)
+
+
+def test_a_file_that_was_read_first_is_written_through_as_well(tmp_path: Path) -> None:
+    """Our own reader beside the writer would be in the way of the lease."""
+
+    async def test(world: World) -> None:
+        (world.top / "file").write_bytes(b"-" * 100)
+        inode, reader = await world.open("file", os.O_RDONLY)
+        assert await world.read(reader, 0, 10) == b"-" * 10
+        handle = (await world.open("file"))[1]
+        write(world, handle, 0, b"ours")
+        assert not inode.unwritten and in_source(world)[:5] == b"ours-" == await world.read(reader, 0, 5)
+        assert world.files.data.count == 1
+
+    over(tmp_path, test)
+
+
+def test_the_ctime_moves_with_a_write(tmp_path: Path) -> None:
+    """Also where what was shown before is not what the backing had: the time of a write that was written back later."""
+
+    async def test(world: World) -> None:
+        inode, handle = await world.open("file")
+        write(world, handle, 0, b"a")
+        inode.ctime_shown = (inode.st.st_ctime_ns, inode.st.st_ctime_ns - 500_000_000)
+        before = inode.st
+        world.backing.fstat = lambda fd: before  # type: ignore[method-assign]  # within a tick of a coarse clock
+        write(world, handle, 0, b"b")
+        assert inode.attributes().ctime_ns == before.st_ctime_ns
 
     over(tmp_path, test)
