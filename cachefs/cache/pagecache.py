@@ -376,7 +376,7 @@ class PageCache:
             before = file.groups.get(index - 1)
             near = before.base + GROUP_SIZE if before is not None else -1
             there = max(pages, min(file.end_page - (index << GROUP_SHIFT), GROUP_PAGES))
-            streamed = before is not None and mask & 1 and before.uptodate == ALL and there >= WHOLE_PAGES
+            streamed = before is not None and mask & 1 and before.resident == ALL and there >= WHOLE_PAGES
             whole = bool(streamed) or mask.bit_count() >= WHOLE_PAGES
             group = Group(file, index, *self.arena.allocate(there if index == 0 else GROUP_PAGES, near, whole))
             if group.touched:

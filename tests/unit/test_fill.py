@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -13,7 +14,7 @@ import trio.testing
 from cachefs.cache import leaving
 from cachefs.cache.file import CachedFile
 from cachefs.cache.fill import Filler
-from cachefs.cache.page import PAGE_SIZE
+from cachefs.cache.page import GROUP_PAGES, PAGE_SIZE
 from cachefs.cache.pagecache import PageCache
 from cachefs.cache.policy import POLICIES, make
 from cachefs.cache.readahead import Window
@@ -449,6 +450,27 @@ async def test_a_write_of_two_pages_with_a_limit_of_one() -> None:
         it.write_when_wanted(file)
         with trio.fail_after(10):
             await it.write(file, P - 5, b"w" * 10)
+
+
+@pytest.mark.parametrize("first", [0, 128])
+def test_regression_a_stream_lies_in_huge_pages_however_it_is_read_ahead(
+    first: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In windows that begin in the middle of a group, too: the one before is FILLING then, and not all of it is UPTODATE."""
+    enabled = tmp_path / "enabled"
+    enabled.write_text("always [madvise] never\n")
+    monkeypatch.setattr("cachefs.cache.arena.HUGE_PAGES", str(enabled))
+
+    async def main() -> None:
+        async with stack(16 * GROUP_PAGES) as it:
+            file, _ = it.file(8 * GROUP_PAGES * P)
+            for start in (0, *range(first, 8 * GROUP_PAGES, GROUP_PAGES)):
+                it.filler.prefetch(file, Window(start, GROUP_PAGES))
+                await wait_all_tasks_blocked()
+            whole = [it.cache.arena._whole.has(group.base) for group in it.cache.groups()]
+            assert len(whole) == 8 and all(whole[1:])
+
+    trio.run(main)
 
 
 @run
