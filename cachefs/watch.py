@@ -223,7 +223,9 @@ class Watcher:
                 self.watches.pop(directory, None)
             elif directory is not None:
                 places[directory, os.fsencode(name)] = None
-        for place in places:
+        for i, place in enumerate(places):
+            if i % STEP_INODES == STEP_INODES - 1:
+                await trio.lowlevel.checkpoint()
             await self._look_at(place)
         if overflow:
             await self._look_at_everything()
