@@ -95,7 +95,7 @@ def _figures(news: Figures, width: int, bars: str) -> Iterator[tuple[str, str]]:
     saved = format_duration(statistics["filesystem"]["saved_seconds"])
     yield "rates", f"{read}/s read, {format_size(rate.of('write_bytes'))}/s written, {saved} saved since the mount"
     oldest = f", oldest {format_duration(writeback['oldest_dirty_seconds'])}" if writeback["dirty_bytes"] else ""
-    going = f"writeback {format_size(rate.last('writeback_bytes'))} at {format_size(rate.of('written_bytes'))}/s"
+    going = f"writeback {format_size(rate.last('writeback_bytes'))}, to SOURCE {format_size(rate.of('written_bytes'))}/s"
     yield "dirty", f"{format_size(writeback['dirty_bytes'])} of {format_size(writeback['dirty_limit_bytes'])}{oldest}, {going}"
     used, unused = cache["readahead_used_pages"], cache["readahead_unused_pages"]
     accuracy = f"{_percent(used, used + unused)} of prefetched pages used"

@@ -65,7 +65,7 @@ def test_rates_are_those_of_the_last_seconds() -> None:
     samples.append(sample(10, 9000 + 3000, 1000, **latest))
     text = "\n".join(printed(news(*samples)))
     assert "83.3 % of 2000 pages/s" in text  # 5,000 hits and 1,000 misses in 3 s
-    assert "evictions 10 pages/s" in text and "4 KiB/s read" in text and "writeback 8 KiB at 1 MiB/s" in text
+    assert "evictions 10 pages/s" in text and "4 KiB/s read" in text and "writeback 8 KiB, to SOURCE 1 MiB/s" in text
     assert "75.0 % of prefetched pages used (3 used, 1 unused, 0 late)" in text
 
 
