@@ -291,6 +291,15 @@ class Files:
         if self._readahead_max_bytes:
             self.window_pages = self.io.speed.window_pages(self.readahead_max_pages)
 
+    def place(self, number: int, offset: int) -> int:
+        """Where a write(2) through O_APPEND belongs: at the end, which others may have moved since the kernel looked."""
+        inode = self.handles[number].inode
+        file = inode.file
+        if file is None or offset >= file.size:
+            return offset
+        self.attributes.changed(inode)  # the kernel knows an old size, and may keep what is written as pages of another place
+        return file.size
+
     async def write(self, number: int, offset: int, data: bytes | memoryview) -> int:
         """Copies `data` into the cache; it is dirty, and acknowledged, when this returns. Only part of it on a full backing."""
         handle = self.handles[number]
@@ -344,6 +353,8 @@ class Files:
             return False
         if self.through.write(handle, offset, data):
             return True
+        if handle.appends and offset < file.size:  # not where it belongs, see `place`
+            return False
         if not self.cache.write_now(file, offset, data, handle.account, handle.readahead.transient):
             return False
         if self._wrote(inode, offset, nbytes):
@@ -357,6 +368,7 @@ class Files:
         now = now_ns(inode)
         inode.mtime_ns, inode.ctime_shown = now, (inode.ctime_shown[0], now)
         inode.epoch += 1
+        inode.through = 0  # for when it is clean again
         self.writeback.note(inode)
         return self.keeper.wrote(inode, offset, nbytes)
 

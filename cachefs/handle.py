@@ -12,12 +12,13 @@ from cachefs.inode import Inode, Listed
 class Handle:
     """An open regular file."""
 
-    __slots__ = ("account", "errors_seen", "gids", "inode", "last_page", "readahead", "synchronous", "uid", "writable")
+    __slots__ = ("account", "appends", "errors_seen", "gids", "inode", "last_page", "readahead", "synchronous", "uid", "writable")
 
     def __init__(self, inode: Inode, flags: int, uid: int, gids: frozenset[int], account: Account) -> None:
         self.inode = inode
         self.account = account  # of the program that opened it: what it reads and writes counts there
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
+        self.appends = bool(flags & os.O_APPEND)
         self.synchronous = bool(flags & os.O_DSYNC)  # O_SYNC has that bit too: a write returns when it is durable
         self.uid = uid  # who opened it: READ and WRITE do not say who asks
         self.gids = gids  # the groups that one was in

@@ -49,12 +49,9 @@ class WriteThrough:
         inode, file = handle.inode, handle.inode.file
         if file is None or file.dirty_pages or file.writeback_pages or file.filling_pages or not self.wanted:
             return False
-        if inode.through >= THROUGH_MOST:
-            inode.through = 0  # for when it is clean again
+        if inode.through >= THROUGH_MOST or not self._may(handle, offset, len(data)):
             return False
-        if not self._may(handle, offset, len(data)):
-            return False
-        written = self._write(inode, data, offset)
+        written = self._write(handle, data, offset)
         if written is None:
             return False
         self._take_in(inode, file, offset, data[: written.nbytes], written)
@@ -86,11 +83,12 @@ class WriteThrough:
             self._fine = self.io.backing.has_fine_times()
         return self._fine and inode.st.st_dev == self.data.descriptors.table.root.st.st_dev  # else another one, mounted inside
 
-    def _write(self, inode: Inode, data: memoryview, offset: int) -> "Written | None":
-        start = self.cache.clock()
+    def _write(self, handle: Handle, data: memoryview, offset: int) -> "Written | None":
+        start, inode = self.cache.clock(), handle.inode
+        arguments = (self.io.backing, inode.writer, data, offset, handle.appends)
         inode.unsure = True
         try:
-            written = self.io.call_now("write", write_between_looks, self.io.backing, inode.writer, data, offset)
+            written = self.io.call_now("write", write_between_looks, *arguments)
         except OSError:  # it could not be looked at afterwards: what the cache has of it may be old
             self._drop(inode)
             return None
@@ -126,10 +124,11 @@ class Written(NamedTuple):
     after: os.stat_result
 
 
-def write_between_looks(backing: Backing, fd: int, data: memoryview, offset: int) -> Written | None:
+def write_between_looks(backing: Backing, fd: int, data: memoryview, offset: int, appends: bool) -> Written | None:
     """Writes while nobody else has the file open, so that what is between the two looks is ours.
 
     None, and nothing is written, where somebody has it open, or has removed it: what is written then is kept by writeback.
+    Nothing, where it `appends` and the end is not there: the kernel does not know what others have appended.
     """
     if not backing.lease(fd):
         return None
@@ -137,6 +136,8 @@ def write_between_looks(backing: Backing, fd: int, data: memoryview, offset: int
         before = backing.fstat(fd)
         if not before.st_nlink:
             return None
+        if appends and offset != before.st_size:
+            return Written(0, None, before, before)
         nbytes, problem = 0, None
         try:
             nbytes = backing.pwritev(fd, [data], offset)

@@ -231,6 +231,8 @@ class Dispatch:
         data = request.body[wire.WRITE_DATA : wire.WRITE_DATA + size]
         if len(data) != size:
             raise ValueError("a write has less data than it says")
+        if wire.is_append(request.body):
+            offset = self.operations.files.place(handle, offset)
         return wire.WRITTEN.pack(await self.operations.write(handle, offset, data), 0)
 
     async def flush(self, request: Request) -> Answer:

@@ -24,6 +24,7 @@ IN_HEADER: Final = Struct("=IIQQIIII")  # length, opcode, unique, node, uid, gid
 # The header, and the first three fields of what READ and WRITE (and READDIRPLUS) have behind it: handle, offset, size.
 REQUEST: Final = Struct("=IIQQIIIIQQI")
 READ_BYTES: Final = 80  # a whole READ
+WRITE_FLAGS, WRITE_CACHE, WRITE_OF_FILE = 20, 1, 32  # flags of the request and their bit, and of the open file (open(2))
 WRITE_DATA: Final = 40  # where the data of a WRITE begins in its body
 OUT_HEADER: Final = Struct("=IiQ")  # length, -errno, unique
 ENTRY: Final = Struct("=QQQQII")  # node, generation, seconds and nanoseconds that the name and the attributes are good for
@@ -151,6 +152,12 @@ def transfer_in(body: memoryview) -> tuple[int, int, int]:
     if size > TRANSFER_MAX or offset > OFFSET_MAX - size:
         raise ValueError("more bytes than were agreed on, or none that can be")
     return handle, offset, size
+
+
+def is_append(body: memoryview) -> bool:
+    """Whether a WRITE is of a write(2) through O_APPEND; not one of what the kernel kept of a mapping, by whatever handle."""
+    of_file, of_write = _U32.unpack_from(body, WRITE_OF_FILE)[0], _U32.unpack_from(body, WRITE_FLAGS)[0]
+    return bool(of_file & os.O_APPEND and not of_write & WRITE_CACHE)
 
 
 def fsync_in(body: memoryview) -> tuple[int, bool]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import mounts
+from backing.directory import DirectoryBacking
 from mounts import Factory, Mount, wait_until
 from sides import MODES, PAGE, RDWR_CREAT, copies
 from twin import opened
@@ -148,3 +149,24 @@ def test_without_inotify_the_log_says_so_once_and_the_ttl_does(mounted: Factory,
     line = "no inotify (Too many open files): changes that others make in SOURCE are noticed after --metadata-ttl"
     wait_until(lambda: line in mount.log_text(), "the line in the log")
     assert mount.log_text().count(line) == 1
+
+
+@pytest.mark.parametrize("pause_seconds", [0.0, 0.1])
+@pytest.mark.parametrize("mode", MODES)
+def test_appends_of_both_sides_to_one_file_overwrite_nothing(mounted: Factory, mode: str, pause_seconds: float) -> None:
+    """Noticed by then or not: the kernel sends an append to the end that it knows, which is not where it is any more."""
+    mount = mounted(kernel_cache=mode)
+    if not DirectoryBacking(mount.source).has_fine_times():
+        pytest.skip("nothing goes through here, and both sides may have unwritten data at a time")
+    log, lines = mount.source / "log", []
+    log.write_bytes(b"")
+    with opened(os.fspath(mount.path / "log"), os.O_WRONLY | os.O_APPEND) as fd:
+        for i in range(20):
+            lines += [b"theirs %d\n" % i, b"ours %d\n" % i]
+            with log.open("ab") as theirs:
+                theirs.write(lines[-2])
+            time.sleep(pause_seconds)  # not to wait for anything: both what was noticed and what was not are to be met
+            os.write(fd, lines[-1])
+    assert (mount.path / "log").read_bytes() == b"".join(lines)
+    mount.unmount()
+    assert log.read_bytes() == b"".join(lines) and not copies(mount)

@@ -95,6 +95,15 @@ def test_requests_are_taken_apart() -> None:
     assert wire.batch_forget_in(request(struct.pack("=IIQQQQ", 2, 0, 3, 1, 4, 2))) == [(3, 1), (4, 2)]
 
 
+@pytest.mark.parametrize(
+    ("of_write", "of_file", "append"),
+    [(0, os.O_WRONLY | os.O_APPEND, True), (1, os.O_WRONLY | os.O_APPEND, False), (0, os.O_RDWR, False)],
+)
+def test_a_write_says_whether_it_appends(of_write: int, of_file: int, append: bool) -> None:
+    body = struct.pack("=QQIIQII", 3, 100, 5, of_write, 0, of_file, 0)
+    assert len(body) == wire.WRITE_DATA and wire.is_append(memoryview(body + b"hello")) == append
+
+
 def test_setattr_says_what_to_change() -> None:
     valid = wire.SET_MODE | wire.SET_MTIME
     body = struct.pack("=IIQQQqqqIIIIIIII", valid, 0, 0, 99, 0, 5, -6, 7, 50, 60, 70, 0o600, 0, 11, 12, 0)

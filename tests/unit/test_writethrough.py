@@ -374,3 +374,33 @@ def test_the_ctime_moves_with_a_write(tmp_path: Path) -> None:
         assert inode.attributes().ctime_ns == before.st_ctime_ns
 
     over(tmp_path, test)
+
+
+def test_an_append_goes_behind_what_others_have_appended(tmp_path: Path) -> None:
+    """The kernel takes the size that it knows for the end: what it sends there would be written over theirs."""
+
+    async def test(world: World) -> None:
+        (world.top / "file").write_bytes(b"start ")
+        inode, handle = await world.open("file", os.O_WRONLY | os.O_APPEND)
+        with (world.top / "file").open("ab") as theirs:
+            theirs.write(b"theirs ")
+        assert not world.files.write_now(handle, 6, memoryview(b"ours "))
+        at = world.files.place(handle, 6)
+        assert await world.files.write(handle, at, b"ours ") == 5
+        assert in_source(world) == b"start theirs ours " and not inode.unwritten
+        assert world.changed == [inode, inode], "the kernel is told, of the change and of the place"
+        write(world, handle, at + 5, b"and ours")
+        assert in_source(world) == b"start theirs ours and ours"
+
+    over(tmp_path, test)
+
+
+def test_the_bound_holds_where_the_page_is_not_here(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        (world.top / "file").write_bytes(b"-" * PAGE_SIZE)
+        inode, handle = await world.open("file")
+        for i in range(THROUGH_MOST + 5):
+            await written(world, handle, 10 + i, b"x")
+        assert inode.unwritten and world.files.through.written_bytes == THROUGH_MOST
+
+    over(tmp_path, test)
