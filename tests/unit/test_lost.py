@@ -228,9 +228,9 @@ async def test_calls_that_come_back_late_leave_nothing_behind(world: World) -> N
     with refused():
         await ask(world.files.open, inode, os.O_RDWR, 0, undo=fs.unopen)
     world.backing.set_plan([])
-    # Between two of its calls there is none under way, and no handle yet.
+    # Between two of its calls there is none under way, and no handle yet; the last of all is a close.
     await until(lambda: (inode.opens, inode.reader, inode.writer, world.files.data.count) == (0, -1, -1, 0))
-    assert not world.io.watchdog._calls and not world.files.handles
+    await until(lambda: not world.io.watchdog._calls and not world.files.handles)
 
 
 @lost()
