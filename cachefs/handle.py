@@ -18,7 +18,7 @@ class Handle:
         self.inode = inode
         self.account = account  # of the program that opened it: what it reads and writes counts there
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
-        self.appends = bool(flags & os.O_APPEND)
+        self.appends = bool(flags & os.O_APPEND)  # when it was opened; what holds for a WRITE, `wire.is_append` says
         self.synchronous = bool(flags & os.O_DSYNC)  # O_SYNC has that bit too: a write returns when it is durable
         self.uid = uid  # who opened it: READ and WRITE do not say who asks
         self.gids = gids  # the groups that one was in
