@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+    from backing.aio import SyncQueue
+
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 
@@ -123,6 +125,10 @@ class Backing(ABC):
     @abstractmethod
     def fsync(self, fd: int, datasync: bool) -> None:
         """Makes a file durable and reports what the store failed to write since. Not on O_PATH descriptors."""
+
+    def sync_queue(self) -> SyncQueue | None:
+        """Where an fsync is begun and its end is told, with no thread; None where the store has nothing like it."""
+        return None
 
     @abstractmethod
     def syncfs(self, fd: int) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from backing.aio import SyncQueue
 from backing.base import Backing, Entry
 
 if TYPE_CHECKING:
@@ -161,6 +162,12 @@ class DirectoryBacking(Backing):
             os.fdatasync(fd)
         else:
             os.fsync(fd)
+
+    def sync_queue(self) -> SyncQueue | None:
+        try:
+            return SyncQueue()
+        except OSError:
+            return None
 
     def syncfs(self, fd: int) -> None:
         # A failed write is reported once to every descriptor that was open then: ours has been from the start.

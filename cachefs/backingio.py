@@ -14,6 +14,7 @@ import trio
 from backing.base import Backing
 from cachefs.cache.speed import BackingSpeed
 from cachefs.statistics import BackingStatistics, Histogram
+from cachefs.syncs import Syncs
 from cachefs.tasks import Spawner
 from cachefs.watchdog import GONE, Unreachable, Watchdog, getting_on
 
@@ -35,6 +36,7 @@ class BackingIO:
     def __init__(self, backing: Backing, tasks: Spawner | None = None, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         self.backing = backing
         self.watchdog = Watchdog(tasks if backing.blocking else None, timeout_seconds, self._probe)
+        self._syncs = Syncs(backing)
         self.speed = BackingSpeed()
         self.durations: defaultdict[str, Histogram] = defaultdict(Histogram)  # {op: durations}
         self.errors: Counter[str] = Counter()  # {errno name: calls}
@@ -88,6 +90,19 @@ class BackingIO:
             if call is not None:
                 self.watchdog.end(call)
             self.durations[op].observe(perf_counter() - start)
+
+    async def fsync(self, fd: int, datasync: bool) -> None:
+        """Makes a file durable, while other requests go on."""
+        start = perf_counter()
+        try:
+            done = await self._syncs.fsync(fd, datasync)
+        except OSError as error:
+            self.count_error(error)
+            raise self.told(error) from None
+        if done:
+            self.durations["fsync"].observe(perf_counter() - start)
+        else:
+            await self.in_thread("fsync", self.backing.fsync, fd, datasync)
 
     def close(self, fd: int) -> None:
         """Gives back a descriptor of file data. Far away that is a call like others, and nobody waits for it."""

@@ -209,12 +209,9 @@ class Directories:
         return found
 
     async def sync(self, number: int) -> None:
-        def sync(dirfd: int) -> None:
-            fd = self.backing.reopen(dirfd, os.O_RDONLY | os.O_DIRECTORY)
+        async with self.descriptors.holding(self.handles[number].inode) as path_fd:
+            fd = await self.io.call("open", self.backing.reopen, path_fd, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                self.backing.fsync(fd, False)
+                await self.io.fsync(fd, False)
             finally:
-                self.backing.close(fd)
-
-        async with self.descriptors.holding(self.handles[number].inode) as fd:
-            await self.io.in_thread("fsync", sync, fd)
+                self.io.close(fd)

@@ -59,6 +59,7 @@ class Durability:
             if on_the_backing:
                 await self.make_durable(inode, datasync)
                 await self.keeper.unsync(inode)
+                inode.through = 0  # what is synced after each few writes gains nothing from waiting
             else:
                 await self.keep_durable(inode, datasync)
         except OSError:
@@ -84,7 +85,7 @@ class Durability:
             await self.data.renew(inode)
             fd = inode.writer if inode.writer >= 0 else await self.data.reader(inode)
             done = inode.done
-            await self.io.in_thread("fsync", self.io.backing.fsync, fd, datasync)
+            await self.io.fsync(fd, datasync)
             inode.durable = max(inode.durable, done)
         except BaseException as error:
             inode.done += 1  # whatever another call meanwhile may have covered: it is asked for again

@@ -8,7 +8,7 @@ from cachefs.cache.page import PAGE_SIZE
 if TYPE_CHECKING:
     from cachefs.stack import Stack
 
-SAMPLES = 600  # ten minutes
+SAMPLES, SAMPLE_SECONDS = 600, 1.0  # ten minutes
 
 
 class Sample(NamedTuple):
@@ -30,12 +30,18 @@ class Sample(NamedTuple):
 
 
 class History:
-    """Samples of one mount, oldest first; `take` is to be called about once a second."""
+    """Samples of one mount, oldest first; `take` is to be called about once a second while anything happens."""
 
     def __init__(self, stack: "Stack") -> None:
         self.stack = stack
         self.samples: deque[Sample] = deque(maxlen=SAMPLES)
         self.take()
+
+    def now(self) -> tuple[Sample, ...]:
+        """All of them, the last one not much older than a second."""
+        if self.stack.cache.clock() - self.stack.started - self.samples[-1].time_seconds > 2 * SAMPLE_SECONDS:
+            self.take()
+        return tuple(self.samples)
 
     def take(self) -> None:
         cache, writeback = self.stack.cache, self.stack.writeback

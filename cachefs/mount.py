@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 
 import trio
 
@@ -25,6 +26,7 @@ from cachefs.metrics import MetricsServer, make_registry
 from cachefs.page.picture import Picture
 from cachefs.page.web import FromThread, Page
 from cachefs.picturecommands import PictureCommands
+from cachefs.pulse import Pulse
 from cachefs.recovery import Predecessor, Recovery
 from cachefs.settings import Settings
 from cachefs.stack import Stack, raise_descriptor_limit
@@ -43,10 +45,9 @@ SWITCH_SECONDS = 0.0005  # a thread back from the backing waits no longer for th
 LAST_TRIES = 5  # at the end, for files whose writeback fails
 LAST_TRY_PAUSE_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for programs that still have files open when SIGTERM came
-RETIRE_SECONDS = 1.0
 PINS_FILE = "pins.json"
 LOGGED = ("path", "offset", "length", "error")  # of an entry
-SWEEP_SECONDS, SWEEP_INODES = 1.0, 1000  # ~1 ms of every second
+SWEEP_INODES = 1000  # at each beat: ~1 ms
 
 
 def serve(config: Config, state: State, ready: Ready) -> int:
@@ -181,10 +182,12 @@ class Mount:
             self._answering.set()
 
     async def _start_services(self, nursery: trio.Nursery) -> None:
+        self.pulse = Pulse(self._requests, self._is_busy, self.session.when_asked, self.stack.tick)
+        self.tasks.start_service(self.pulse.run)
         self.tasks.start_service(self.stack.writeback.run)
         self.tasks.start_service(self._sweep)
         self.tasks.start_service(self._retire)
-        self.tasks.start_service(self.stack.files.space.watch)
+        self.tasks.start_service(functools.partial(self.stack.files.space.watch, self.pulse.next))
         if self.stack.watcher is not None:
             self.tasks.start_service(self.stack.watcher.run)
         self.stack.pins.load()
@@ -195,6 +198,7 @@ class Mount:
         handlers = {
             **self.commands.handlers(), **ViewCommands(self.stack).handlers(), **keeping.handlers(), **seeing.handlers(),
         }  # fmt: skip
+        handlers = {name: self._waking(handler) for name, handler in handlers.items()}
         await nursery.start(controlserver.serve, self.state.socket_path, handlers)
         if self.config.metrics_host is not None:
             token = trio.lowlevel.current_trio_token()
@@ -203,6 +207,13 @@ class Mount:
             page = Page(picture, FromThread(self.tasks, token), host) if self.config.page else None
             self.metrics = MetricsServer(host, self.config.metrics_port, self.config.metrics_asked, registry, page)
 
+    def _waking(self, handler: controlserver.Handler) -> controlserver.Handler:
+        async def handle(request: Mapping[str, object], send: controlserver.Send) -> None:
+            self.pulse.wake()
+            await handler(request, send)
+
+        return handle
+
     async def _ping(self) -> None:
         """Tells systemd that this thread still goes round, to the very end of the mount."""
         while (seconds := daemon.ping_seconds()) is not None:
@@ -210,19 +221,28 @@ class Mount:
             await trio.sleep(seconds)
 
     async def _sweep(self) -> None:
-        """Now and then lets go of inodes that only their cached pages kept, and moves the clock that reads are stamped with."""
+        """At each beat lets go of what only cached pages kept, and moves the clock that reads are stamped with."""
         while True:
-            await trio.sleep(SWEEP_SECONDS)
+            await self.pulse.next()
             self.stack.fs.sweep(SWEEP_INODES)
+            if self.stack.watcher is not None:
+                self.stack.watcher.tidy()
             self.stack.tick()
             self.history.take()
 
     async def _retire(self) -> None:
         while True:
-            await trio.sleep(RETIRE_SECONDS)
+            await self.pulse.next()
             self.stack.keeper.settle()
             if not self.stack.io.watchdog.lost:
                 await self.stack.keeper.retire()
+
+    def _requests(self) -> int:
+        return sum(sum(histogram.counts) for histogram in self.session.durations.values())
+
+    def _is_busy(self) -> bool:
+        """Whether something is left to be done every second that no request will tell of."""
+        return bool(self.stack.writeback.dirty or self.stack.keeper.retiring or self.stack.io.watchdog.lost)
 
     def _changed(self, inode: Inode) -> None:
         """The file's contents changed underneath: what the kernel knows is wrong too, in mode `off` its size and mapped pages."""

@@ -8,6 +8,7 @@ is looked at again each time, in the order in which pins were made.
 
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -112,7 +113,8 @@ class Pins:
                 room -= await self._look(pin, room)
                 await trio.lowlevel.checkpoint()  # a local store answers without one
             self.looked.unpark_all()
-            with trio.move_on_after(max(LOOK_SECONDS, LOOK_SHARE * (trio.current_time() - start))):
+            pause_seconds = max(LOOK_SECONDS, LOOK_SHARE * (trio.current_time() - start)) if self.pins else math.inf
+            with trio.move_on_after(pause_seconds):
                 await self._wake.wait()
 
     async def _look(self, pin: Pin, room_pages: int) -> int:

@@ -278,7 +278,6 @@ class FileSource:
         inode.epoch += 1
         return written
 
-
     async def _write_now(self, arguments: tuple[Any, ...]) -> "Written | None":
         start = time.perf_counter()
         try:

@@ -9,6 +9,7 @@ what is, stays dirty and is written when there is room.
 import errno
 import os
 import sys
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -129,12 +130,12 @@ class Space:
                 return number
         return 0
 
-    async def watch(self) -> None:
-        """Looks again and again while files grow, and while some cannot be written for want of room."""
+    async def watch(self, next_beat: Callable[[], Awaitable[object]]) -> None:
+        """Looks again at each beat while files grow, and while some cannot be written for want of room."""
         while True:
             if (self.budget.grown or self.writeback.refused) and not self.io.watchdog.lost:
                 await self._look()
-            await trio.sleep(SAMPLE_SECONDS)
+            await next_beat()
 
     async def _look(self) -> None:
         """A new sample, one for all who want it now. Files that could not be written are tried again if there is more room."""

@@ -27,7 +27,7 @@ MODIFY, OVERFLOW, IGNORED = int(flags.MODIFY), int(flags.Q_OVERFLOW), int(flags.
 MASK = MODIFY | int(flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO | flags.ONLYDIR | flags.EXCL_UNLINK)
 TOLD_AFTER_SECONDS = 0.02  # events are gathered so long: a burst costs one look at each file
 WATCH_AFTER_SECONDS = 0.1  # files opened meanwhile are dealt with together; many are gone again by then
-LOOK_SECONDS, LOOK_WATCHES = 5.0, 50  # how often, where nothing is opened, and at how many watches to look: are they needed?
+TIDY_WATCHES = 10  # at how many watches to look at a time: are they needed?
 READ_BYTES = 64 << 10  # events of one turn, ~2000
 STEP_INODES, STEP_PAUSE_SECONDS = 64, 0.005  # when everything is looked at: ~1 ms, then others have their turn
 WATCHES_MAX = 4096  # ~1 KiB of the kernel's memory each
@@ -129,18 +129,20 @@ class Watcher:
 
     async def _tend(self) -> None:
         while True:
-            with trio.move_on_after(LOOK_SECONDS if self.watches else float("inf")):
-                await self._woken.wait()
-            if self._opened:
-                await trio.sleep(WATCH_AFTER_SECONDS)
+            await self._woken.wait()
+            await trio.sleep(WATCH_AFTER_SECONDS)
             opened, self._opened, self._woken = self._opened, {}, trio.Event()
             for i, inode in enumerate(opened):
                 if i % STEP_INODES == 0:
                     await trio.lowlevel.checkpoint()
                 if is_needed(inode):
                     await self._watch_for(inode)
-            for _ in range(1 if opened else min(LOOK_WATCHES, len(self.watches))):
-                self._drop_one()
+            self._drop_one()
+
+    def tidy(self) -> None:
+        """To be called every second or so while programs use the mount: some watches may not be needed any more."""
+        for _ in range(min(TIDY_WATCHES, len(self.watches))):
+            self._drop_one()
 
     async def _watch_for(self, inode: Inode) -> None:
         for parent, name in list(inode.names):

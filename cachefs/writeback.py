@@ -76,6 +76,7 @@ class Writeback:
         self._oldest: dict[Inode, float] = {}  # {inode with a batch under way: when its oldest page became dirty}
         self._write_soon = False  # somebody waits for room: thresholds and ages do not matter
         self._wake = trio.Event()
+        self._asleep = False  # nothing has been dirty for a while: the first file that is has to wake the task
 
     def set_limits(self, limit_bytes: int, background_bytes: int) -> None:
         """How much may be unwritten, and how much is before writeback begins; those who wait look again."""
@@ -94,6 +95,8 @@ class Writeback:
         """To be called after every write to the file."""
         if inode not in self.dirty:
             self.dirty[inode] = 0
+            if self._asleep:
+                self.kick()
         if self.cache.dirty_pages > self.background_pages:
             self.kick()
 
@@ -158,9 +161,10 @@ class Writeback:
         """Writes what is due until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
-                with trio.move_on_after(self.interval_seconds):
+                with trio.move_on_after(math.inf if self._asleep else self.interval_seconds) as pause:
                     await self._wake.wait()
                 self._wake = trio.Event()
+                self._asleep = pause.cancelled_caught and not self.dirty
                 if self.watchdog.lost:
                     continue
                 # Batches that hang must not keep other files from being written.

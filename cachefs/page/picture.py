@@ -183,7 +183,7 @@ class Picture:
         for start in range(0, len(shown), STRIPS_BETWEEN):
             strips += [(file.version, file.text) for file in shown[start : start + STRIPS_BETWEEN]]
             await slices.rest()
-        samples, gone = tuple(self.history.samples), tuple(self._gone)
+        samples, gone = self.history.now(), tuple(self._gone)
         return Frame(self._epoch, self._version, self._now(), strips, gone, self._oldest_gone, samples, self._facts())
 
     def _facts(self) -> dict[str, object]:

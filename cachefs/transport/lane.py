@@ -92,6 +92,10 @@ class Lane:
     def ready_seconds(self) -> float:
         return self._waiting.latency.seconds
 
+    def when_asked(self, rouse: Callable[[], None]) -> bool:
+        self._waiting.rouse = rouse
+        return self._waiting.sleeps_for_all
+
     def terminate(self) -> None:
         """Reads no more requests."""
         self._end()

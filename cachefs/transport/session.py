@@ -26,6 +26,9 @@ class Session(Protocol):
     async def run(self) -> None:
         """Serves until the file system is unmounted or `terminate` was called."""
 
+    def when_asked(self, rouse: Callable[[], None]) -> bool:
+        """Calls `rouse` once, when the next request comes after a sleep; False where it cannot."""
+
     def terminate(self) -> None:
         """Reads no more requests; `run` ends when those under way are answered."""
 
@@ -66,6 +69,9 @@ class Pyfuse3Session:
 
     async def run(self) -> None:
         await pyfuse3.main(max_tasks=WORKERS_MAX)
+
+    def when_asked(self, rouse: Callable[[], None]) -> bool:
+        return False
 
     def terminate(self) -> None:
         pyfuse3.terminate()

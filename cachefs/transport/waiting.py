@@ -10,6 +10,7 @@ import math
 import os
 import select
 import time
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -84,6 +85,7 @@ class Waiting:
         self._runnable = Runnable()
         self._trio_fd = trio_descriptor()
         self.at_once = False  # whether `expect` met a request that was there already
+        self.rouse: Callable[[], None] | None = None  # to be called once, when a request ends the next sleep
         self._since_ns = 0  # when the waiting for the next request began
         self._poller, self._own_poller, self._trio_poller = select.poll(), select.poll(), select.poll()
         self._own_poller.register(fd, select.POLLIN)
@@ -101,6 +103,11 @@ class Waiting:
     def stop(self) -> None:
         trio.lowlevel.remove_instrument(self._runnable)
         self.latency.close()
+
+    @property
+    def sleeps_for_all(self) -> bool:
+        """Whether it sleeps itself, and does not leave that to trio."""
+        return self._trio_fd >= 0
 
     async def give_turn(self) -> None:
         """To the other tasks, if any can go on: a turn that nobody needs costs as much as three hits."""
@@ -198,7 +205,11 @@ class Waiting:
         To go to the same sleep through trio's scheduler, and back, costs more than a hit.
         """
         seconds = min(most_seconds, seconds_to_next_deadline())
-        return self._poller.poll(None if seconds == math.inf else max(0.0, seconds * 1000))
+        ready = self._poller.poll(None if seconds == math.inf else max(0.0, seconds * 1000))
+        if self.rouse is not None and self._is_request(ready):
+            rouse, self.rouse = self.rouse, None
+            rouse()
+        return ready
 
     async def _sleep_in_trio(self) -> None:
         try:

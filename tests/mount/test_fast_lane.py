@@ -162,7 +162,28 @@ def test_nothing_is_burnt_when_nothing_happens(mounted: Factory, lane: str) -> N
     assert least < 0.002  # of a processor
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs processor affinity")
+def times_asleep(mount: Mount) -> int:
+    """How often the daemon's main thread has gone to sleep."""
+    status = Path(f"/proc/{mount.process.pid}/task/{mount.process.pid}/status").read_text()
+    return int(status.split("voluntary_ctxt_switches:")[1].split()[0])
+
+
+def test_an_idle_mount_is_not_woken_up_and_goes_on_when_it_is_used(mounted: Factory) -> None:
+    mount = mounted("--write-through", "off", "--dirty-expire", "1s")
+    path = mount.path / "f"
+    path.write_bytes(b"x" * 100_000)
+
+    def sleeps_on() -> bool:
+        before = times_asleep(mount)
+        threading.Event().wait(4)
+        return times_asleep(mount) == before
+
+    assert sleeps_on() or sleeps_on() or sleeps_on(), "nobody asks for anything"
+    with opened(path, os.O_RDWR) as fd:
+        os.pwrite(fd, b"y" * 200_000, 0)
+    wait_until(lambda: (mount.source / "f").read_bytes() == b"y" * 200_000, "it is written back")
+
+
 def test_on_one_processor_reader_and_daemon_share_it(mounted: Factory) -> None:
     """A daemon that kept looking would take the time that the reader needs."""
     before = os.sched_getaffinity(0)

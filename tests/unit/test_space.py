@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -156,7 +157,7 @@ def test_a_write_that_cannot_fit_beside_what_is_unwritten_fails_at_once(tmp_path
         (tmp_path / "old").write_bytes(bytes(20 * P))
         full = Full(world, 10)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(world.files.space.watch)
+            nursery.start_soon(world.files.space.watch, functools.partial(trio.sleep, SAMPLE_SECONDS))
             await trio.sleep(0.01)
             _, one = await world.open("one")
             _, two = await world.open("two")
@@ -177,7 +178,7 @@ def test_the_backing_is_asked_once_a_second_while_files_grow_and_not_when_they_d
     async def main(world: World) -> None:
         full = Full(world, 10_000)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(world.files.space.watch)
+            nursery.start_soon(world.files.space.watch, functools.partial(trio.sleep, SAMPLE_SECONDS))
             _, handle = await world.open("file")
             await trio.sleep(0.5)
             for i in range(100):
@@ -290,7 +291,7 @@ def test_what_could_not_be_written_is_tried_again_as_soon_as_there_is_room(tmp_p
         (inode,) = world.writeback.refused
         assert inode.retry_seconds == 30
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(world.files.space.watch)
+            nursery.start_soon(world.files.space.watch, functools.partial(trio.sleep, SAMPLE_SECONDS))
             await trio.sleep(2.5)
             world.backing.set_plan([])
             full.free_pages = 100
