@@ -13,7 +13,7 @@ from results import Results
 from verdicts import Verdict
 
 BEGIN, END = "<!-- bench-full: from here to the end mark it is written by the program -->", "<!-- bench-full: end -->"
-UNITS = {"hits": "us a request", "writes": "us a request", "cold": "us a request", "metadata": "us a request"}
+UNITS = dict.fromkeys(("hits", "writes", "cold", "metadata", "pages", "files"), "us a request")  # of others: seconds
 
 
 def machine() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a hit and its memory cost with more and more pages cached and files known, and what an idle mount costs."""
 
+import mmap
 import os
 import random
 import shutil
@@ -26,6 +27,7 @@ def scale(bench: Run) -> None:
     if len(pages) < bench.some(len(PAGES), 3):
         bench.results.note(f"scale: memory is there for {pages[-1]} pages, not for {PAGES[-1]}")
     hits_against_pages(bench, pages)
+    memory_alone(bench, pages)
     page_bookkeeping(bench, bench.some(200_000, 20_000))
     hits_against_files(bench, FILES[: bench.some(4, 2)])
 
@@ -45,6 +47,30 @@ def hits_against_pages(bench: Run, counts: list[int]) -> None:
         for number in range(bench.rounds):
             for count in counts:  # in turn: what else the machine does meets all sizes
                 hit(bench, "pages", count, number, mount, count * PAGE)
+
+
+def memory_alone(bench: Run, counts: list[int]) -> None:
+    """What a copy of 4 KiB from anywhere in that much memory takes: the host of a virtual machine may not have it at hand."""
+    memory = mmap.mmap(-1, counts[-1] * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)  # as the cache has it
+    bench.say(f"scale: memory of {counts[-1]} pages, and nothing else")
+    for at in range(0, len(memory), 1 << 20):
+        memory[at : at + (1 << 20)] = b"x" * min(1 << 20, len(memory) - at)
+    with memory, memoryview(memory) as view:
+        for number in range(bench.rounds):
+            for count in counts:
+                seconds = copy_pages(view, count, bench.some(8, 3) / 10)
+                bench.results.add(Figure("pages", str(count), "memory alone", number, seconds * 1e6, None))
+
+
+def copy_pages(memory: memoryview, count: int, seconds: float) -> float:
+    """Seconds that it takes to copy one of the first `count` pages, each at random, as `seconds` of it show."""
+    page, copied, start = bytearray(PAGE), 0, time.perf_counter()
+    while (now := time.perf_counter()) - start < seconds:
+        for at in random.choices(range(count), k=100):
+            page[:] = memory[at * PAGE : at * PAGE + PAGE]
+        copied += 100
+    return (now - start) / copied
 
 
 def hit(bench: Run, part: str, count: int, number: int, mount: Mounted, nbytes: int) -> None:
