@@ -46,9 +46,12 @@ class Creation:
         return await self._made(parent, name, mode, caller, rdev)
 
     async def mkdir(self, parent: Inode, name: bytes, mode: int, caller: Caller) -> Inode:
-        mode = await self._masked(parent, mode, caller)
+        mode, begun = await self._masked(parent, mode, caller), self.fs.listings.begin()
         await self.descriptors.at("mkdir", parent, self.backing.mkdir, name, stat.S_IMODE(mode))
-        return await self._made(parent, name, stat.S_IFDIR, caller)
+        directory = await self._made(parent, name, stat.S_IFDIR, caller)
+        if self.backing.blocking and directory.is_dir:
+            self.fs.listings.made(directory, begun)
+        return directory
 
     async def symlink(self, parent: Inode, name: bytes, target: bytes, caller: Caller) -> Inode:
         await self.descriptors.at("symlink", parent, self.backing.symlink, name, target)
@@ -115,7 +118,7 @@ class Creation:
         try:
             fd, st = self.io.call_now("create", self.backing.open_stat, dirfd, name, NEW, stat.S_IMODE(mode))
         finally:
-            self.descriptors.renamed(parent)
+            self.descriptors.renamed(parent, None, True)
         return self._created(parent, name, fd, st, flags, caller)
 
     def _created(

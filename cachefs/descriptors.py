@@ -15,20 +15,23 @@ from cachefs.inode import Inode, InodeTable, signature_of
 
 T = TypeVar("T")
 NAMES_CHANGE = frozenset(("create", "mknod", "mkdir", "symlink", "link", "unlink", "rmdir", "rename"))  # in the directory given
+REMOVES = frozenset(("unlink", "rmdir"))
+Renamed = Callable[[Inode, bytes | None, bool], None]
 BUDGET_MAX = 4096  # O_PATH descriptors kept open; as many again may serve data, and 10,000 is what we promise
 
 
 class Descriptors:
     """Owns every O_PATH descriptor. `at` runs a call on one and keeps it open meanwhile.
 
-    `renamed(directory)` is told of each call that may have changed names in it, when the call is over.
+    `renamed(directory, name, there)` is told of each call that may have changed names in it, when the call is over: now the
+    name is there, or is not; None: nobody knows what the call has done.
     """
 
     def __init__(self, io: BackingIO, table: InodeTable, root_fd: int, budget: int) -> None:
         self.io = io
         self.table = table
         self.budget = budget
-        self.renamed: Callable[[Inode], None] = lambda directory: None
+        self.renamed: Renamed = lambda directory, name, there: None
         self._open: dict[Inode, None] = {}  # inodes with a descriptor, but the root; oldest first
         table.root.fd = root_fd
 
@@ -36,33 +39,47 @@ class Descriptors:
         return len(self._open) + 1
 
     async def at(self, op: str, inode: Inode, method: Callable[..., T], *args: object) -> T:
-        """`method(descriptor of inode, *args)`."""
+        """`method(descriptor of inode, *args)`; a change of names has the name as the first of `args`."""
         inode.fd_busy += 1
+        name: object = None
         try:
             fd = self.open_one(inode)
-            return await self.io.call(op, method, fd if fd >= 0 else await self._reach(inode), *args)
+            result = await self.io.call(op, method, fd if fd >= 0 else await self._reach(inode), *args)
+            name = args[0] if args else None
+            return result
         finally:
             inode.fd_busy -= 1
             if op in NAMES_CHANGE:
-                self.renamed(inode)
+                self.renamed(inode, name if isinstance(name, bytes) else None, op not in REMOVES)
 
     def open_one(self, inode: Inode) -> int:
         """A descriptor of it that is open, -1 if there is none. One for data serves as well where calls do not take turns."""
         return inode.fd if inode.fd >= 0 or self.io.backing.blocking else max(inode.reader, inode.writer)
 
-    async def at_two(self, op: str, inode: Inode, other: Inode, function: Callable[[int, int], T]) -> T:
-        """`function(descriptor of inode, descriptor of other)`."""
+    async def at_two(
+        self,
+        op: str,
+        inode: Inode,
+        other: Inode,
+        function: Callable[[int, int], T],
+        lost: bytes | None = None,
+        given: bytes | None = None,
+    ) -> T:
+        """`function(descriptor of inode, descriptor of other)`, by which the one loses a name, and the other one is given one."""
         inode.fd_busy += 1
         other.fd_busy += 1
+        done = False
         try:
             fd = inode.fd if inode.fd >= 0 else await self._reach(inode)
             other_fd = other.fd if other.fd >= 0 else await self._reach(other)
-            return await self.io.call(op, function, fd, other_fd)
+            result = await self.io.call(op, function, fd, other_fd)
+            done = True
+            return result
         finally:
             inode.fd_busy -= 1
             other.fd_busy -= 1
-            for directory in (inode, other):
-                self.renamed(directory)
+            self.renamed(inode, lost if done else None, False)
+            self.renamed(other, given if done else None, True)
 
     @asynccontextmanager
     async def holding(self, inode: Inode) -> AsyncIterator[int]:

@@ -76,6 +76,8 @@ class FileSystem:
     async def find(self, parent: Inode, name: bytes) -> Inode:
         """The same for ourselves: no lookup is counted. `drop` it afterwards."""
         known = self.table.named(parent, name)
+        if self.listings.seconds_absent(parent, name):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         try:
             st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
         except FileNotFoundError:
@@ -171,12 +173,12 @@ class FileSystem:
             del self._idle[inode]
             self.drop(inode)
 
-    def _renamed(self, directory: Inode) -> None:
+    def _renamed(self, directory: Inode, name: bytes | None, there: bool) -> None:
         """We have changed names in a directory far away: neither its listing nor its attributes are known any more.
 
         The kernel will ask for the latter before it goes through that directory again, so they are read while it does not wait.
         """
-        self.listings.changed(directory)
+        self.listings.changed(directory, name, there)
         directory.epoch += 1
         directory.checked_at = -math.inf
         if directory not in self._looking and self.io.watchdog.tasks is not None:
@@ -217,7 +219,7 @@ class FileSystem:
         inode.made = False
         if self.backing.blocking:
             await self.links.write_first(inode)
-        await self.descriptors.at_two("link", inode, parent, link)
+        await self.descriptors.at_two("link", inode, parent, link, given=name)
         self.table.name(inode, parent, name)
         self.files.keeper.moved(inode)
         await self.attributes.readopt(inode, st_nlink=inode.st.st_nlink + 1)
@@ -291,7 +293,9 @@ class FileSystem:
         st, inode = await self._peek(*old)
         async with self._going(*new) as (target_st, target):
             with self._moving(inode, old, new), self._moving(target if exchanged else None, new, old):
-                await self.descriptors.at_two("rename", parent, new_parent, rename)
+                # Of two names of one file, both stay: known is only what becomes of the old one where nothing was in its way.
+                lost, given = name if target_st is None else None, None if exchanged else new_name
+                await self.descriptors.at_two("rename", parent, new_parent, rename, lost, given)
                 if st is not None and target_st is not None and (st.st_dev, st.st_ino) == (target_st.st_dev, target_st.st_ino):
                     return  # two names of one file: nothing happens
                 if inode is not None and inode is target:

@@ -1,4 +1,8 @@
-"""What directories far away contain, as it was last read: believed for a while, as attributes are, unless we change it."""
+"""What directories far away contain, as it was last read: believed for a while, as attributes are.
+
+A listing, which has an order, is good until we change something there. Which names there are not, we go on knowing: our own
+changes are known as well, and a directory that was made here began with none.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +11,7 @@ import trio
 from backing.base import Entry
 from cachefs.inode import Inode
 
-NAMES_MAX = 200_000  # remembered, of all directories
+NAMES_MAX = 400_000  # remembered, of all directories: in their listings, and as what there is
 
 
 class Listing:
@@ -21,6 +25,16 @@ class Listing:
         self.seen_at: dict[bytes, float] = {}
 
 
+class Names:
+    """All names in a directory, as of a time."""
+
+    __slots__ = ("as_of", "there")
+
+    def __init__(self, there: set[bytes], as_of: float) -> None:
+        self.there = there
+        self.as_of = as_of
+
+
 class Listings:
     """Owns them. With `ttl_seconds` 0 nothing is believed, but the last listing can still be asked for (`last`).
 
@@ -31,7 +45,8 @@ class Listings:
         self.ttl_seconds = ttl_seconds
         self._changes = 0
         self._known: dict[Inode, Listing] = {}  # {directory: its listing}, the one read longest ago first
-        self._names = 0
+        self._all_names: dict[Inode, Names] = {}  # the same for what names there are, whatever has become of the listing
+        self._count = 0  # names in both
 
     def begin(self) -> tuple[int, float]:
         """To be called before a directory is read, for `read`."""
@@ -44,19 +59,39 @@ class Listings:
         if changes != self._changes:
             return
         self._known[directory] = Listing(entries, read_at)
-        self._names += len(entries)
-        while self._names > NAMES_MAX:
-            self.forget(next(iter(self._known)))
+        names = self._all_names[directory] = Names({entry.name for entry in entries}, read_at)
+        self._count += len(entries) + len(names.there)
+        while self._count > NAMES_MAX:
+            self.forget(next(iter(self._known), None) or next(iter(self._all_names)))
 
-    def changed(self, directory: Inode) -> None:
-        """We have changed names in it, or tried to."""
-        self._changes += 1
+    def made(self, directory: Inode, begun: tuple[int, float]) -> None:
+        """It was made by us since it `begun`, so there is nothing in it."""
         self.forget(directory)
+        self._all_names[directory] = Names(set(), begun[1])
+
+    def changed(self, directory: Inode, name: bytes | None = None, there: bool = False) -> None:
+        """We have changed names in it, or tried to: now `name` is there, or is not. None: nobody knows what has become of it."""
+        self._changes += 1
+        names = self._all_names.get(directory)
+        self._forget_listing(directory)
+        if names is None:
+            return
+        if name is None:
+            self.forget(directory)
+        elif there != (name in names.there):
+            self._count += 1 if there else -1
+            (names.there.add if there else names.there.remove)(name)
 
     def forget(self, directory: Inode) -> None:
+        self._forget_listing(directory)
+        names = self._all_names.pop(directory, None)
+        if names is not None:
+            self._count -= len(names.there)
+
+    def _forget_listing(self, directory: Inode) -> None:
         listing = self._known.pop(directory, None)
         if listing is not None:
-            self._names -= len(listing.entries)
+            self._count -= len(listing.entries)
 
     def last(self, directory: Inode) -> Sequence[Entry] | None:
         """What was read last, however long ago; None if that is not known any more."""
@@ -84,6 +119,11 @@ class Listings:
         listing = self._known.get(directory)
         at = None if listing is None else listing.seen_at.get(name)
         return 0.0 if at is None else self._left(at)
+
+    def seconds_absent(self, directory: Inode, name: bytes) -> float:
+        """How long it may still be believed that there is no such name; 0 where there may be one."""
+        names = self._all_names.get(directory)
+        return 0.0 if names is None or name in names.there else self._left(names.as_of)
 
     def _left(self, since: float) -> float:
         return max(0.0, since + self.ttl_seconds - trio.current_time())

@@ -100,11 +100,12 @@ class AttributeSetter:
             await self.kill_set_id(inode, gids)
 
     def _has_already(self, inode: Inode, owner: dict[str, int]) -> bool:
-        """Whether a chown would change nothing of a file just made far away, not written yet: tar gives each to who has it.
+        """Whether a chown would change nothing of a file just made far away: tar and SQLite give each to who has it.
 
-        Writing it takes away, as chown does, what is not looked at here (file capabilities).
+        As chown does, writing takes away what is not looked at here (file capabilities); or nothing has been done with it yet.
         """
-        if not owner or not self._is_being_made(inode) or inode.st.st_mode & SET_ID:
+        untouched = inode.made and inode.done == 1 and not inode.unlinked and self.attributes.believed(inode)
+        if not owner or not (untouched or self._is_being_made(inode)) or inode.st.st_mode & SET_ID:
             return False
         return all(getattr(inode.st, field) == number for field, number in owner.items())
 

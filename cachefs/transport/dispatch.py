@@ -68,8 +68,8 @@ class WireOperations(Operations):
         changes: Changes = attr
         return changes
 
-    def _nothing(self) -> Any:
-        return wire.entry(0, self.ttl_seconds, 0.0, wire.NO_ATTRIBUTES)
+    def _nothing(self, seconds: float | None = None) -> Any:
+        return wire.entry(0, self.ttl_seconds if seconds is None else seconds, 0.0, wire.NO_ATTRIBUTES)
 
     def _info(self, opened: Opened) -> Any:
         flags = wire.OPEN_DIRECT_IO if self.kernel_cache == "off" else 0

@@ -142,10 +142,10 @@ class Operations(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
 
-    def _nothing(self) -> EntryAttributes:
-        """That there is no such name; the kernel may believe it for a while."""
+    def _nothing(self, seconds: float | None = None) -> EntryAttributes:
+        """That there is no such name; `seconds`: how long the kernel may believe it, if it was not looked up just now."""
         nothing = EntryAttributes()  # its inode is 0
-        nothing.entry_timeout = self.ttl_seconds
+        nothing.entry_timeout = self.ttl_seconds if seconds is None else seconds
         return nothing
 
     def _entry(self, inode: Inode, name_seconds: float | None = None) -> EntryAttributes:
@@ -175,7 +175,7 @@ class Operations(pyfuse3.Operations):
             found = await self.ask(self.fs.lookup, inode, name, memory=lambda: known(inode, name), undo=self.fs.unlook)
             return self._entry(found)
         except FileNotFoundError:
-            return self._nothing()
+            return self._nothing(self.fs.listings.seconds_absent(inode, name) or None)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for node, lookups in inode_list:

@@ -446,6 +446,29 @@ def test_a_file_given_to_who_has_it_is_not_given_again(tmp_path: Path) -> None:
     over(tmp_path, main, True)
 
 
+@pytest.mark.parametrize("before", [None, Changes(mode=0o100600), Changes(uid=os.geteuid() + 7)])
+def test_a_file_just_made_is_not_given_to_who_has_it_unless_something_was_done_with_it(
+    tmp_path: Path, before: Changes | None
+) -> None:
+    if before is not None and before.uid and os.geteuid():
+        pytest.skip("only root gives files away")
+
+    async def main(world: World) -> None:
+        inode, _ = await world.open("file")
+        if before is not None:
+            await world.files.setter.setattr(inode, before, 0)
+        done, ctime_ns, st = world.backing.calls["chown"], inode.attributes().ctime_ns, inode.st
+        await world.files.setter.setattr(inode, Changes(uid=st.st_uid, gid=st.st_gid), 0)
+        assert world.backing.calls["chown"] - done == (before is not None)
+        assert inode.attributes().ctime_ns >= ctime_ns
+        await world.files.setter.setattr(inode, Changes(uid=st.st_uid), 0)
+        if before is None:
+            assert world.backing.calls["chown"] == 0
+        assert os.stat(tmp_path / "file").st_uid == st.st_uid
+
+    over(tmp_path, main, True)
+
+
 def test_set_id_bits_go_with_a_chown_to_who_has_the_file(tmp_path: Path) -> None:
     async def main(world: World) -> None:
         inode, handle = await world.open("file")

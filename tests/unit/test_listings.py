@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from backing.base import Entry
+from backing.base import RENAME_EXCHANGE, RENAME_NOREPLACE, Entry
 from cachefs.fs import FileSystem
 from cachefs.inode import Inode
 from cachefs.listings import NAMES_MAX, Listings
@@ -178,7 +180,132 @@ def test_remembers_so_many_names_and_no_more(tmp_path: Path) -> None:
         assert listings.entries(first) is None
         assert listings.entries(second) is not None
         listings.forget(second)
-        listings.read(first, [Entry(b"x", 2, 0)] * NAMES_MAX, listings.begin())
+        listings.read(first, [Entry(b"x", 2, 0)] * (NAMES_MAX - 1), listings.begin())
         assert listings.entries(first) is not None
 
     trio.run(test)
+
+
+# --- names that are not there
+
+
+async def is_there(world: World, name: bytes, parent: Inode | None = None) -> bool:
+    try:
+        inode = await world.fs.lookup(parent or world.table.root, name)
+    except FileNotFoundError:
+        return False
+    world.fs.forget(inode.node, 1)
+    return True
+
+
+def test_what_is_not_in_a_listing_is_not_asked_for_until_the_ttl_is_over(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        await listed(world)
+        before = world.backing.calls["stat"]
+        assert not await is_there(world, b"new")
+        (tmp_path / "new").touch()  # by somebody else
+        clock.jump(TTL_SECONDS - 1)
+        assert not await is_there(world, b"new")
+        assert world.backing.calls["stat"] == before
+        assert world.fs.listings.seconds_absent(world.table.root, b"new") == pytest.approx(1)
+        clock.jump(1.1)
+        assert await is_there(world, b"new")
+
+    over(tmp_path, test)
+
+
+def test_a_directory_that_was_made_here_is_known_to_be_empty(tmp_path: Path) -> None:
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        made = await world.fs.creation.mkdir(world.table.root, b"made", 0o40755, CALLER)
+        before = world.backing.calls["stat"]
+        for name in (b"a", b"b"):
+            assert not await is_there(world, name, made)
+            await world.fs.creation.symlink(made, name, b"target", CALLER)
+        assert not await is_there(world, b"c", made)
+        assert world.backing.calls["stat"] == before + 2, "of what was made"
+        assert await is_there(world, b"a", made)
+        await world.fs.unlink(made, b"a")
+        assert not await is_there(world, b"a", made)
+        clock.jump(TTL_SECONDS)
+        (tmp_path / "made" / "c").touch()
+        assert await is_there(world, b"c", made)
+
+    over(tmp_path, test)
+
+
+def test_after_a_change_that_failed_names_are_asked_for_again(tmp_path: Path) -> None:
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        await listed(world)
+        (tmp_path / "theirs").touch()
+        assert not await is_there(world, b"theirs")
+        with pytest.raises(FileExistsError):
+            await world.fs.creation.mkdir(world.table.root, b"theirs", 0o40755, CALLER)
+        assert await is_there(world, b"theirs")
+
+    over(tmp_path, test)
+
+
+def test_the_old_name_stays_where_both_are_one_file(tmp_path: Path) -> None:
+    (tmp_path / "one").touch()
+    (tmp_path / "two").hardlink_to(tmp_path / "one")
+
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        await listed(world)
+        await world.fs.rename(world.table.root, b"one", world.table.root, b"two", 0)
+        assert await is_there(world, b"one") and await is_there(world, b"two")
+
+    over(tmp_path, test)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_while_nobody_else_changes_anything_names_are_there_or_not_as_in_the_directory(tmp_path: Path, seed: int) -> None:
+    rng, names = random.Random(seed), (b"a", b"b", b"c", b"d")
+    (tmp_path / "listed").mkdir()
+
+    async def change(world: World, parents: list[Inode]) -> None:
+        fs, parent, other = world.fs, rng.choice(parents), rng.choice(parents)
+        name, new = rng.choice(names), rng.choice(names)
+        kind = rng.choice(("create", "mkdir", "symlink", "unlink", "rmdir", "rename", "exchange", "noreplace", "link", "list"))
+        flags = {"exchange": RENAME_EXCHANGE, "noreplace": RENAME_NOREPLACE}.get(kind, 0)
+        if kind == "create":
+            inode, opened = await fs.creation.create(parent, name, 0o100644, os.O_RDWR, CALLER)
+            await fs.files.release(opened.number)
+            fs.forget(inode.node, 1)
+        elif kind in ("mkdir", "symlink"):
+            making = fs.creation.mkdir if kind == "mkdir" else fs.creation.symlink
+            inode = await making(parent, name, 0o40755 if kind == "mkdir" else b"target", CALLER)  # type: ignore[operator]
+            fs.forget(inode.node, 1)
+        elif kind in ("unlink", "rmdir"):
+            await (fs.unlink if kind == "unlink" else fs.rmdir)(parent, name)
+        elif kind == "link":
+            inode = await fs.lookup(parent, name)
+            try:
+                await fs.link(inode, other, new)
+                fs.forget(inode.node, 1)
+            finally:
+                fs.forget(inode.node, 1)
+        elif kind == "list":
+            for found in (await listed(world, parent)).values():
+                if found is not None:
+                    fs.forget(found.node, 1)
+        else:
+            await fs.rename(parent, name, other, new, flags)
+
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        made = await world.fs.creation.mkdir(world.table.root, b"made", 0o40755, CALLER)
+        parents = [made, await world.fs.lookup(world.table.root, b"listed")]
+        await listed(world, parents[1])
+        known = 0
+        for _ in range(120):
+            with contextlib.suppress(OSError):
+                await change(world, parents)
+            for parent, path in zip(parents, ("made", "listed"), strict=True):
+                for name in names:
+                    there = os.path.lexists(tmp_path / path / os.fsdecode(name))
+                    known += world.fs.listings.seconds_absent(parent, name) > 0
+                    assert await is_there(world, name, parent) == there, (path, name)
+        assert known > 20
+
+    over(tmp_path, test)
