@@ -49,7 +49,7 @@ class Creation:
         mode, begun = await self._masked(parent, mode, caller), self.fs.listings.begin()
         await self.descriptors.at("mkdir", parent, self.backing.mkdir, name, stat.S_IMODE(mode))
         directory = await self._made(parent, name, stat.S_IFDIR, caller)
-        if self.backing.blocking and directory.is_dir:
+        if self.backing.blocking and directory.is_dir and directory.lookups == 1 and not (directory.children or directory.opens):
             self.fs.listings.made(directory, begun)
         return directory
 

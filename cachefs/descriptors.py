@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from cachefs.backingio import BackingIO
 from cachefs.inode import Inode, InodeTable, signature_of
+from cachefs.question import is_given_up
 
 T = TypeVar("T")
 NAMES_CHANGE = frozenset(("create", "mknod", "mkdir", "symlink", "link", "unlink", "rmdir", "rename"))  # in the directory given
@@ -45,7 +46,7 @@ class Descriptors:
         try:
             fd = self.open_one(inode)
             result = await self.io.call(op, method, fd if fd >= 0 else await self._reach(inode), *args)
-            name = args[0] if args else None
+            name = args[0] if args and not is_given_up() else None
             return result
         finally:
             inode.fd_busy -= 1
@@ -73,7 +74,7 @@ class Descriptors:
             fd = inode.fd if inode.fd >= 0 else await self._reach(inode)
             other_fd = other.fd if other.fd >= 0 else await self._reach(other)
             result = await self.io.call(op, function, fd, other_fd)
-            done = True
+            done = not is_given_up()
             return result
         finally:
             inode.fd_busy -= 1

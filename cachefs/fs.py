@@ -14,7 +14,7 @@ from itertools import islice
 
 import trio
 
-from backing.base import RENAME_EXCHANGE
+from backing.base import RENAME_EXCHANGE, RENAME_NOREPLACE
 from cachefs.backingio import BackingIO
 from cachefs.cache import leaving
 from cachefs.creation import Creation
@@ -23,7 +23,7 @@ from cachefs.directories import Directories
 from cachefs.files import Files, Opened
 from cachefs.inode import Inode, InodeTable, Name
 from cachefs.links import Links
-from cachefs.listings import Listings
+from cachefs.listings import KnownAbsent, Listings
 from cachefs.writeback import Writeback
 from cachefs.xattrs import ExtendedAttributes
 
@@ -76,8 +76,8 @@ class FileSystem:
     async def find(self, parent: Inode, name: bytes) -> Inode:
         """The same for ourselves: no lookup is counted. `drop` it afterwards."""
         known = self.table.named(parent, name)
-        if self.listings.seconds_absent(parent, name):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if known is None and (seconds := self.listings.seconds_absent(parent, name)):
+            raise KnownAbsent(seconds)
         try:
             st = await self.descriptors.at("lookup", parent, self.backing.stat, name)
         except FileNotFoundError:
@@ -294,7 +294,8 @@ class FileSystem:
         async with self._going(*new) as (target_st, target):
             with self._moving(inode, old, new), self._moving(target if exchanged else None, new, old):
                 # Of two names of one file, both stay: known is only what becomes of the old one where nothing was in its way.
-                lost, given = name if target_st is None else None, None if exchanged else new_name
+                plain = target_st is None and not flags & ~RENAME_NOREPLACE
+                lost, given = name if plain else None, None if exchanged else new_name
                 await self.descriptors.at_two("rename", parent, new_parent, rename, lost, given)
                 if st is not None and target_st is not None and (st.st_dev, st.st_ino) == (target_st.st_dev, target_st.st_ino):
                     return  # two names of one file: nothing happens

@@ -191,6 +191,7 @@ class Keeper:
             journal.unsync(kept, set(kept.synced))
             if not kept.cover and inode.journaled is kept:
                 inode.journaled = None
+        self.cache.room.unpark_all()  # some may wait for slots
 
     async def retire(self) -> None:
         """Lets go of what was synced of files that are written back by now, once that is durable on the backing."""

@@ -1,9 +1,12 @@
-"""What directories far away contain, as it was last read: believed for a while, as attributes are.
+"""What directories far away contain, as it was last read: believed for a while, as attributes are, unless we change it.
 
-A listing, which has an order, is good until we change something there. Which names there are not, we go on knowing: our own
-changes are known as well, and a directory that was made here began with none.
+Of a directory that was made here it is also known for a while which names there are not: but for ours, none. A listing does not
+tell that: it may come from somebody's cache (sshfs keeps listings for 20 s), where a name that is looked up does not.
 """
 
+import errno
+import os
+import unicodedata
 from collections.abc import Sequence
 
 import trio
@@ -11,7 +14,17 @@ import trio
 from backing.base import Entry
 from cachefs.inode import Inode
 
-NAMES_MAX = 400_000  # remembered, of all directories: in their listings, and as what there is
+NAMES_MAX = 200_000  # remembered, of all directories
+MADE_MAX = 20_000  # the same of one that was made here
+NEVER_ABSENT = (b".", b"~")  # how names begin that some stores have in each directory and list in none (.snapshot, ~snapshot)
+
+
+class KnownAbsent(FileNotFoundError):
+    """There is no such name, as it may still be believed for `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(errno.ENOENT, os.strerror(errno.ENOENT))
+        self.seconds = seconds
 
 
 class Listing:
@@ -25,14 +38,14 @@ class Listing:
         self.seen_at: dict[bytes, float] = {}
 
 
-class Names:
-    """All names in a directory, as of a time."""
+class Made:
+    """The names in a directory that was made here, as of a time: those that we have given and not taken."""
 
-    __slots__ = ("as_of", "there")
+    __slots__ = ("as_of", "names")
 
-    def __init__(self, there: set[bytes], as_of: float) -> None:
-        self.there = there
+    def __init__(self, as_of: float) -> None:
         self.as_of = as_of
+        self.names: set[str] = set()  # folded
 
 
 class Listings:
@@ -45,8 +58,8 @@ class Listings:
         self.ttl_seconds = ttl_seconds
         self._changes = 0
         self._known: dict[Inode, Listing] = {}  # {directory: its listing}, the one read longest ago first
-        self._all_names: dict[Inode, Names] = {}  # the same for what names there are, whatever has become of the listing
-        self._count = 0  # names in both
+        self._made: dict[Inode, Made] = {}  # the same of those that were made here, the one made longest ago first
+        self._names = 0
 
     def begin(self) -> tuple[int, float]:
         """To be called before a directory is read, for `read`."""
@@ -55,43 +68,44 @@ class Listings:
     def read(self, directory: Inode, entries: Sequence[Entry], begun: tuple[int, float]) -> None:
         """These were in the directory; keeps them unless a name was changed by us since it `begun`."""
         changes, read_at = begun
-        self.forget(directory)
+        self._forget_listing(directory)
         if changes != self._changes:
             return
         self._known[directory] = Listing(entries, read_at)
-        names = self._all_names[directory] = Names({entry.name for entry in entries}, read_at)
-        self._count += len(entries) + len(names.there)
-        while self._count > NAMES_MAX:
-            self.forget(next(iter(self._known), None) or next(iter(self._all_names)))
+        self._names += len(entries)
+        while self._names > NAMES_MAX:
+            self._forget_listing(next(iter(self._known)))
 
     def made(self, directory: Inode, begun: tuple[int, float]) -> None:
-        """It was made by us since it `begun`, so there is nothing in it."""
-        self.forget(directory)
-        self._all_names[directory] = Names(set(), begun[1])
+        """It was made by us since it `begun`, and nobody has been told of it: there is nothing in it."""
+        while self._made and not self._left(next(iter(self._made.values())).as_of):
+            del self._made[next(iter(self._made))]
+        self._made.pop(directory, None)
+        if self._left(begun[1]):
+            self._made[directory] = Made(begun[1])
 
     def changed(self, directory: Inode, name: bytes | None = None, there: bool = False) -> None:
         """We have changed names in it, or tried to: now `name` is there, or is not. None: nobody knows what has become of it."""
         self._changes += 1
-        names = self._all_names.get(directory)
         self._forget_listing(directory)
-        if names is None:
+        made = self._made.get(directory)
+        if made is None:
             return
-        if name is None:
-            self.forget(directory)
-        elif there != (name in names.there):
-            self._count += 1 if there else -1
-            (names.there.add if there else names.there.remove)(name)
+        if name is None or not self._left(made.as_of) or len(made.names) >= MADE_MAX:
+            del self._made[directory]
+        elif there:
+            made.names.add(folded(name))
+        else:
+            made.names.discard(folded(name))
 
     def forget(self, directory: Inode) -> None:
         self._forget_listing(directory)
-        names = self._all_names.pop(directory, None)
-        if names is not None:
-            self._count -= len(names.there)
+        self._made.pop(directory, None)
 
     def _forget_listing(self, directory: Inode) -> None:
         listing = self._known.pop(directory, None)
         if listing is not None:
-            self._count -= len(listing.entries)
+            self._names -= len(listing.entries)
 
     def last(self, directory: Inode) -> Sequence[Entry] | None:
         """What was read last, however long ago; None if that is not known any more."""
@@ -121,9 +135,17 @@ class Listings:
         return 0.0 if at is None else self._left(at)
 
     def seconds_absent(self, directory: Inode, name: bytes) -> float:
-        """How long it may still be believed that there is no such name; 0 where there may be one."""
-        names = self._all_names.get(directory)
-        return 0.0 if names is None or name in names.there else self._left(names.as_of)
+        """How long it may still be believed that there is no such name; 0 where there may be one, in whatever spelling."""
+        made = self._made.get(directory)
+        if made is None or name.startswith(NEVER_ABSENT) or folded(name) in made.names:
+            return 0.0
+        return self._left(made.as_of)
 
     def _left(self, since: float) -> float:
         return max(0.0, since + self.ttl_seconds - trio.current_time())
+
+
+def folded(name: bytes) -> str:
+    """The same for names that some store may take for one: in other cases, or composed of other characters."""
+    text = unicodedata.normalize("NFKD", os.fsdecode(name))
+    return unicodedata.normalize("NFKD", text.casefold())

@@ -242,7 +242,7 @@ class Mount:
 
     def _is_busy(self) -> bool:
         """Whether something is left to be done every second that no request will tell of."""
-        return bool(self.stack.writeback.dirty or self.stack.keeper.retiring or self.stack.io.watchdog.lost)
+        return bool(self.stack.writeback.dirty or self.stack.keeper.written_back or self.stack.io.watchdog.lost)
 
     def _changed(self, inode: Inode) -> None:
         """The file's contents changed underneath: what the kernel knows is wrong too, in mode `off` its size and mapped pages."""

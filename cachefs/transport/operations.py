@@ -20,6 +20,7 @@ from cachefs.directories import STATS_AT_ONCE
 from cachefs.files import Files, Opened
 from cachefs.fs import FileSystem
 from cachefs.inode import Attributes, Inode
+from cachefs.listings import KnownAbsent
 from cachefs.setattr import Changes
 from cachefs.statistics import Histogram
 
@@ -174,8 +175,10 @@ class Operations(pyfuse3.Operations):
             inode, known = self._inode(parent), self.fs.lookup_known
             found = await self.ask(self.fs.lookup, inode, name, memory=lambda: known(inode, name), undo=self.fs.unlook)
             return self._entry(found)
+        except KnownAbsent as error:
+            return self._nothing(error.seconds)
         except FileNotFoundError:
-            return self._nothing(self.fs.listings.seconds_absent(inode, name) or None)
+            return self._nothing()
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for node, lookups in inode_list:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 from collections.abc import Awaitable, Callable
@@ -15,7 +16,8 @@ import trio.testing
 from backing.base import RENAME_EXCHANGE, RENAME_NOREPLACE, Entry
 from cachefs.fs import FileSystem
 from cachefs.inode import Inode
-from cachefs.listings import NAMES_MAX, Listings
+from cachefs.listings import MADE_MAX, NAMES_MAX, KnownAbsent, Listings
+from cachefs.question import Question
 from world import CALLER, World
 
 TTL_SECONDS = 5.0
@@ -180,7 +182,7 @@ def test_remembers_so_many_names_and_no_more(tmp_path: Path) -> None:
         assert listings.entries(first) is None
         assert listings.entries(second) is not None
         listings.forget(second)
-        listings.read(first, [Entry(b"x", 2, 0)] * (NAMES_MAX - 1), listings.begin())
+        listings.read(first, [Entry(b"x", 2, 0)] * NAMES_MAX, listings.begin())
         assert listings.entries(first) is not None
 
     trio.run(test)
@@ -198,19 +200,12 @@ async def is_there(world: World, name: bytes, parent: Inode | None = None) -> bo
     return True
 
 
-def test_what_is_not_in_a_listing_is_not_asked_for_until_the_ttl_is_over(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
+def test_regression_what_a_listing_does_not_have_may_be_there(tmp_path: Path) -> None:
+    """sshfs keeps listings for 20 s, and finds a name that is looked up."""
 
     async def test(world: World, clock: trio.testing.MockClock) -> None:
         await listed(world)
-        before = world.backing.calls["stat"]
-        assert not await is_there(world, b"new")
         (tmp_path / "new").touch()  # by somebody else
-        clock.jump(TTL_SECONDS - 1)
-        assert not await is_there(world, b"new")
-        assert world.backing.calls["stat"] == before
-        assert world.fs.listings.seconds_absent(world.table.root, b"new") == pytest.approx(1)
-        clock.jump(1.1)
         assert await is_there(world, b"new")
 
     over(tmp_path, test)
@@ -235,26 +230,112 @@ def test_a_directory_that_was_made_here_is_known_to_be_empty(tmp_path: Path) -> 
     over(tmp_path, test)
 
 
+async def made_here(world: World) -> Inode:
+    return await world.fs.creation.mkdir(world.table.root, b"made", 0o40755, CALLER)
+
+
 def test_after_a_change_that_failed_names_are_asked_for_again(tmp_path: Path) -> None:
     async def test(world: World, clock: trio.testing.MockClock) -> None:
-        await listed(world)
-        (tmp_path / "theirs").touch()
-        assert not await is_there(world, b"theirs")
+        made = await made_here(world)
+        (tmp_path / "made" / "theirs").touch()
+        assert not await is_there(world, b"theirs", made)
         with pytest.raises(FileExistsError):
-            await world.fs.creation.mkdir(world.table.root, b"theirs", 0o40755, CALLER)
-        assert await is_there(world, b"theirs")
+            await world.fs.creation.mkdir(made, b"theirs", 0o40755, CALLER)
+        assert await is_there(world, b"theirs", made)
+
+    over(tmp_path, test)
+
+
+def test_who_is_told_that_there_is_nothing_hears_for_how_long(tmp_path: Path) -> None:
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        made = await made_here(world)
+        clock.jump(TTL_SECONDS - 0.5)
+        with pytest.raises(KnownAbsent) as absent:
+            await world.fs.lookup(made, b"nothing")
+        assert absent.value.seconds == pytest.approx(0.5) and absent.value.errno == errno.ENOENT
+        clock.jump(1)
+        with pytest.raises(FileNotFoundError) as asked:
+            await world.fs.lookup(made, b"nothing")
+        assert not isinstance(asked.value, KnownAbsent)
+
+    over(tmp_path, test)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "same"),
+    [("README", "readme", True), ("caf\u00e9", "cafe\u0301", True), ("Stra\u00dfe", "STRASSE", True), ("a", "b", False)],
+)
+def test_regression_a_name_may_be_there_in_another_spelling(tmp_path: Path, given: str, asked: str, same: bool) -> None:
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        made = await made_here(world)
+        await world.fs.creation.symlink(made, given.encode(), b"target", CALLER)
+        assert (world.fs.listings.seconds_absent(made, asked.encode()) == 0) == same
+        assert world.fs.listings.seconds_absent(made, b"\xff\xfe") > 0, "no name that is no text breaks it"
+
+    over(tmp_path, test)
+
+
+@pytest.mark.parametrize("name", [b".snapshot", b"~snapshot", b".zfs"])
+def test_regression_a_name_that_stores_have_and_do_not_list_is_asked_for(tmp_path: Path, name: bytes) -> None:
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        made = await made_here(world)
+        (tmp_path / "made" / os.fsdecode(name)).mkdir()
+        assert await is_there(world, name, made)
+
+    over(tmp_path, test)
+
+
+def test_regression_a_removal_that_nobody_waits_for_any_more_hides_nothing_made_since(tmp_path: Path) -> None:
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        fs, made = world.fs, await made_here(world)
+        await fs.creation.symlink(made, b"x", b"target", CALLER)
+        question = Question(fs.unlink, (made, b"x"), None, world.io.watchdog.tasks)  # type: ignore[arg-type]
+        unlink = world.backing.unlink
+
+        def unlink_late(dirfd: int, name: bytes) -> None:
+            unlink(dirfd, name)
+            trio.from_thread.run_sync(question.give_up)
+
+        world.backing.unlink = unlink_late  # type: ignore[method-assign]
+        await question.run()
+        assert not fs.listings.seconds_absent(made, b"x")
 
     over(tmp_path, test)
 
 
 def test_the_old_name_stays_where_both_are_one_file(tmp_path: Path) -> None:
-    (tmp_path / "one").touch()
-    (tmp_path / "two").hardlink_to(tmp_path / "one")
-
     async def test(world: World, clock: trio.testing.MockClock) -> None:
-        await listed(world)
-        await world.fs.rename(world.table.root, b"one", world.table.root, b"two", 0)
-        assert await is_there(world, b"one") and await is_there(world, b"two")
+        made = await made_here(world)
+        inode = await world.fs.creation.mknod(made, b"one", 0o100644, 0, CALLER)
+        await world.fs.link(inode, made, b"two")
+        await world.fs.rename(made, b"one", made, b"two", 0)
+        assert await is_there(world, b"one", made) and await is_there(world, b"two", made)
+
+    over(tmp_path, test)
+
+
+def test_a_rename_that_leaves_something_in_its_place_makes_nothing_known(tmp_path: Path) -> None:
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        made = await made_here(world)
+        await world.fs.creation.mknod(made, b"one", 0o100644, 0, CALLER)
+        with contextlib.suppress(OSError):
+            await world.fs.rename(made, b"one", made, b"two", 4)  # RENAME_WHITEOUT
+        assert await is_there(world, b"one", made) == os.path.lexists(tmp_path / "made" / "one")
+
+    over(tmp_path, test)
+
+
+def test_of_directories_made_here_what_is_believed_no_more_is_not_remembered(tmp_path: Path) -> None:
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        listings = world.fs.listings
+        for number in range(50):
+            await world.fs.creation.mkdir(world.table.root, b"%d" % number, 0o40755, CALLER)
+            clock.jump(TTL_SECONDS / 4)
+        assert len(listings._made) < 10
+        directory = next(reversed(listings._made))
+        for number in range(MADE_MAX + 1):
+            listings.changed(directory, b"%d" % number, True)
+        assert directory not in listings._made
 
     over(tmp_path, test)
 
@@ -262,7 +343,6 @@ def test_the_old_name_stays_where_both_are_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_while_nobody_else_changes_anything_names_are_there_or_not_as_in_the_directory(tmp_path: Path, seed: int) -> None:
     rng, names = random.Random(seed), (b"a", b"b", b"c", b"d")
-    (tmp_path / "listed").mkdir()
 
     async def change(world: World, parents: list[Inode]) -> None:
         fs, parent, other = world.fs, rng.choice(parents), rng.choice(parents)
@@ -294,18 +374,20 @@ def test_while_nobody_else_changes_anything_names_are_there_or_not_as_in_the_dir
             await fs.rename(parent, name, other, new, flags)
 
     async def test(world: World, clock: trio.testing.MockClock) -> None:
-        made = await world.fs.creation.mkdir(world.table.root, b"made", 0o40755, CALLER)
-        parents = [made, await world.fs.lookup(world.table.root, b"listed")]
-        await listed(world, parents[1])
         known = 0
-        for _ in range(120):
-            with contextlib.suppress(OSError):
-                await change(world, parents)
-            for parent, path in zip(parents, ("made", "listed"), strict=True):
-                for name in names:
-                    there = os.path.lexists(tmp_path / path / os.fsdecode(name))
-                    known += world.fs.listings.seconds_absent(parent, name) > 0
-                    assert await is_there(world, name, parent) == there, (path, name)
-        assert known > 20
+        for number in range(15):
+            paths = [f"made-{number}", f"other-{number}"]
+            parents = [await world.fs.creation.mkdir(world.table.root, path.encode(), 0o40755, CALLER) for path in paths]
+            for _ in range(8):
+                with contextlib.suppress(OSError):
+                    await change(world, parents)
+                for parent, path in zip(parents, paths, strict=True):
+                    for name in names:
+                        there = os.path.lexists(tmp_path / path / os.fsdecode(name))
+                        known += world.fs.listings.seconds_absent(parent, name) > 0
+                        assert await is_there(world, name, parent) == there, (path, name)
+            for parent in parents:
+                world.fs.forget(parent.node, 1)
+        assert known > 100
 
     over(tmp_path, test)
