@@ -229,7 +229,7 @@ def test_sync_tells_what_it_could_not_write_and_writes_it_later(cachefs: Command
 def test_umount_lists_what_could_not_be_written(cachefs: Command) -> None:
     plan = cachefs.plan()
     pid = cachefs.mount(*KEEP_DIRTY, "--fault-plan", plan)
-    (cachefs.path / "a").mkdir()
+    (cachefs.source / "a").mkdir()  # of one made on the mount, what others put there is believed to be missing for a while
     (cachefs.source / "a" / "before").write_bytes(b"o" * 5 * 4096)
     descriptor = os.open(cachefs.path / "a" / "before", os.O_RDWR)
     os.pwrite(descriptor, b"n" * 4096, 4096)
