@@ -10,7 +10,6 @@ from cachefs.cache.pagecache import PageCache
 from cachefs.handle import Handle
 from cachefs.inode import Inode, signature_of
 from cachefs.keeper import Keeper
-from cachefs.question import answered
 from cachefs.source import DataDescriptors
 from cachefs.writeback import Writeback
 
@@ -38,13 +37,6 @@ class Durability:
         """Flushes; what goes wrong is remembered on the inode, for each handle to report."""
         try:
             await self.writeback.flush(inode)
-        except OSError:
-            return
-
-    async def land(self, inode: Inode) -> None:
-        """The same, but who asked for it need not wait for more than the data: the file's times may follow."""
-        try:
-            await self.writeback.flush(inode, answered)
         except OSError:
             return
 

@@ -183,7 +183,7 @@ class Files:
         return self._last_handle
 
     async def flush(self, number: int) -> None:
-        """close(2): on a backing far away the data goes there now, unless the journal is to be enough. Its times may follow.
+        """close(2): on a backing far away the data goes there now, unless the journal is to be enough.
 
         It is not for a file without a name that may have another one, see `links.py`. Errors are reported to who could
         write: `cat` has nothing to do with what became of somebody else's data.
@@ -192,7 +192,7 @@ class Files:
         inode = handle.inode
         enough = self.keeper.synced is not None and (inode.made or not inode.unlinked)  # the journal
         if self.io.backing.blocking and handle.writable and inode.unwritten and not enough:
-            await self.io.ask(self.durability.land, inode)
+            await self.io.ask(self.durability.write_out, inode)
         if handle.writable:
             self.durability.report(handle)
 

@@ -7,6 +7,7 @@ tell that: it may come from somebody's cache (sshfs keeps listings for 20 s), wh
 import errno
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 import trio
@@ -15,7 +16,7 @@ from backing.base import Entry
 from cachefs.inode import Inode
 
 NAMES_MAX = 200_000  # remembered, of all directories
-MADE_MAX = 20_000  # the same of one that was made here
+NAME_BYTES_MAX = 255  # a longer one is an error
 NEVER_ABSENT = (b".", b"~")  # how names begin that some stores have in each directory and list in none (.snapshot, ~snapshot)
 
 
@@ -45,7 +46,7 @@ class Made:
 
     def __init__(self, as_of: float) -> None:
         self.as_of = as_of
-        self.names: set[str] = set()  # folded
+        self.names: Counter[str] = Counter()  # {folded: how many of them at most}
 
 
 class Listings:
@@ -59,7 +60,7 @@ class Listings:
         self._changes = 0
         self._known: dict[Inode, Listing] = {}  # {directory: its listing}, the one read longest ago first
         self._made: dict[Inode, Made] = {}  # the same of those that were made here, the one made longest ago first
-        self._names = 0
+        self._names = self._made_names = 0
 
     def begin(self) -> tuple[int, float]:
         """To be called before a directory is read, for `read`."""
@@ -79,8 +80,8 @@ class Listings:
     def made(self, directory: Inode, begun: tuple[int, float]) -> None:
         """It was made by us since it `begun`, and nobody has been told of it: there is nothing in it."""
         while self._made and not self._left(next(iter(self._made.values())).as_of):
-            del self._made[next(iter(self._made))]
-        self._made.pop(directory, None)
+            self._forget_made(next(iter(self._made)))
+        self._forget_made(directory)
         if self._left(begun[1]):
             self._made[directory] = Made(begun[1])
 
@@ -91,16 +92,25 @@ class Listings:
         made = self._made.get(directory)
         if made is None:
             return
-        if name is None or not self._left(made.as_of) or len(made.names) >= MADE_MAX:
-            del self._made[directory]
+        if name is None or not self._left(made.as_of):
+            self._forget_made(directory)
         elif there:
-            made.names.add(folded(name))
-        else:
-            made.names.discard(folded(name))
+            made.names[folded(name)] += 1
+            self._made_names += 1
+            while self._made_names > NAMES_MAX:
+                self._forget_made(next(iter(self._made)))
+        elif made.names[folded(name)] > 0:
+            made.names[folded(name)] -= 1
+            self._made_names -= 1
 
     def forget(self, directory: Inode) -> None:
         self._forget_listing(directory)
-        self._made.pop(directory, None)
+        self._forget_made(directory)
+
+    def _forget_made(self, directory: Inode) -> None:
+        made = self._made.pop(directory, None)
+        if made is not None:
+            self._made_names -= made.names.total()
 
     def _forget_listing(self, directory: Inode) -> None:
         listing = self._known.pop(directory, None)
@@ -137,7 +147,7 @@ class Listings:
     def seconds_absent(self, directory: Inode, name: bytes) -> float:
         """How long it may still be believed that there is no such name; 0 where there may be one, in whatever spelling."""
         made = self._made.get(directory)
-        if made is None or name.startswith(NEVER_ABSENT) or folded(name) in made.names:
+        if made is None or name.startswith(NEVER_ABSENT) or len(name) > NAME_BYTES_MAX or made.names[folded(name)]:
             return 0.0
         return self._left(made.as_of)
 

@@ -48,24 +48,12 @@ class Question(Generic[T]):
         QUESTION.set(self)
         with self._scope:
             try:
-                result = await self._function(*self._args)
-                if not self.done.is_set():
-                    self._result = result
+                self._result = await self._function(*self._args)
             except Exception as error:
-                if not self.done.is_set():
-                    self._error = error
-                elif not isinstance(error, OSError):
-                    log.error("what was left to be done of a request failed", exc_info=error)
+                self._error = error
             self.done.set()
         if self._given_up:
             self._clear_up()
-
-    def answer(self, result: T) -> None:
-        """Gives the result to who asked; what is left to be done goes on, and its OSError is nobody's."""
-        if not self.done.is_set():
-            self._result = result
-            self.changing = True  # and is not given up
-            self.done.set()
 
     @property
     def given_up(self) -> bool:
@@ -104,13 +92,6 @@ def is_given_up() -> bool:
     """Whether who asked for what is being done waits no longer: something else may have been asked for since."""
     question = QUESTION.get()
     return question is not None and question.given_up
-
-
-def answered() -> None:
-    """By what a request asks for: it has all that it wanted, and need not wait for the rest."""
-    question = QUESTION.get()
-    if question is not None:
-        question.answer(None)
 
 
 @contextmanager

@@ -215,17 +215,17 @@ class FileSource:
         io = self.data.io
         return end >= wanted or end >= min(wanted, await io.call("stat", io.backing.size, fd))
 
-    async def write(self, extents: Extents, landed: Callable[[], None]) -> tuple[int, OSError | None]:
+    async def write(self, extents: Extents) -> tuple[int, OSError | None]:
         """Writes, restores the mtime that programs see, and notes what the backing shows now. Under `inode.lock`.
 
-        What somebody else has changed meanwhile is kept first. Far away, `landed` is called when all of it is there.
+        What somebody else has changed meanwhile is kept first.
         """
         inode, io = self.inode, self.data.io
         inode.busy += 1
         try:
             await self.data.renew(inode)
             for _ in range(CONFLICTS_IN_A_ROW):
-                written = await self._write(extents, landed)
+                written = await self._write(extents)
                 if not written.changed:
                     break
                 await self.data.keep_theirs(inode)
@@ -246,22 +246,20 @@ class FileSource:
         self.data.doubt(inode, written.problem)
         return written.done, io.told(written.problem)
 
-    async def _write(self, extents: Extents, landed: Callable[[], None]) -> "Written":
+    async def _write(self, extents: Extents) -> "Written":
         inode, io, seen = self.inode, self.data.io, self.inode.st
         fd = await self.data.writer(inode)
         unsure, known = inode.unsure, None if inode.unsure or inode.unlinked else inode.signature[:2]
-        inode.unsure, times_ns, put = True, (inode.atime_ns, inode.mtime_ns), None
+        inode.unsure = True
         try:
-            if io.backing.blocking:
-                put = await io.in_thread("write", put_extents, io.backing, fd, extents, known)
-                if put.done == len(extents):
-                    landed()
-                written = await io.in_thread("utime", set_times, io.backing, fd, extents, put, times_ns)
-            else:
-                written = await self._write_near(fd, extents, times_ns, known)
-        except BaseException:
-            if put is None:  # refused, or given up before its turn: nothing was begun
-                inode.unsure = unsure
+            # A reader of our own beside the writer would be in the way of a lease as any other is.
+            patience_seconds = LEASE_PATIENCE_SECONDS if inode.reader in (-1, fd) else 0.0
+            arguments = (io.backing, fd, extents, (inode.atime_ns, inode.mtime_ns), known)
+            written = await self._write_now(arguments) if self.data.writes_at_once(extents) else None
+            if written is None:
+                written = await io.in_thread("write", write_extents, *arguments, patience_seconds)
+        except BaseException:  # refused, or given up before its turn: nothing was begun
+            inode.unsure = unsure
             raise
         finally:
             inode.done += 1  # not before: an fsync meanwhile does not cover it, and leaves its pages to the journal
@@ -278,17 +276,6 @@ class FileSource:
         inode.ctime_shown = (st.st_ctime_ns, inode.attributes().ctime_ns)  # what was shown goes on being shown
         inode.st = st
         inode.epoch += 1
-        return written
-
-    async def _write_near(
-        self, fd: int, extents: Extents, times_ns: tuple[int | None, int], known: tuple[int, int] | None
-    ) -> "Written":
-        # A reader of our own beside the writer would be in the way of a lease as any other is.
-        patience_seconds = LEASE_PATIENCE_SECONDS if self.inode.reader in (-1, fd) else 0.0
-        arguments = (self.data.io.backing, fd, extents, times_ns, known)
-        written = await self._write_now(arguments) if self.data.writes_at_once(extents) else None
-        if written is None:
-            written = await self.data.io.in_thread("write", write_extents, *arguments, patience_seconds)
         return written
 
     async def _write_now(self, arguments: tuple[Any, ...]) -> "Written | None":
@@ -347,27 +334,13 @@ def write_unshared(
 def _write_extents(
     backing: Backing, fd: int, extents: Extents, times_ns: tuple[int | None, int], known: tuple[int, int] | None
 ) -> Written:
-    return set_times(backing, fd, extents, put_extents(backing, fd, extents, known), times_ns)
-
-
-class Put(NamedTuple):
-    """What became of a batch's data."""
-
-    done: int = 0  # extents that are there
-    problem: OSError | None = None
-    size_before: int | None = None  # None: nothing of the file was touched
-    changed: bool = False  # as somebody else had changed the file
-
-
-def put_extents(backing: Backing, fd: int, extents: Extents, known: tuple[int, int] | None) -> Put:
-    """Writes them; far away they are there when this returns."""
     done, problem = 0, None
     try:
         before = backing.fstat(fd)
     except OSError as error:
-        return Put(problem=error)
+        return Written(0, error, None, touched=False)
     if known is not None and signature_of(before)[:2] != known:
-        return Put(changed=True)
+        return Written(0, None, None, touched=False, changed=True)
     try:
         for offset, buffers in extents:
             write_fully(backing, fd, buffers, offset)
@@ -383,13 +356,6 @@ def put_extents(backing: Backing, fd: int, extents: Extents, known: tuple[int, i
             backing.flush(fd)
         except OSError as error:
             done, problem = 0, error
-    return Put(done, problem, before.st_size)
-
-
-def set_times(backing: Backing, fd: int, extents: Extents, put: Put, times_ns: tuple[int | None, int]) -> Written:
-    """Gives the file the times that programs see, and looks at it."""
-    if put.size_before is None:
-        return Written(0, put.problem, None, touched=False, changed=put.changed)
     restored = False
     try:
         with contextlib.suppress(PermissionError):  # not root, and somebody else's file that we may write
@@ -397,8 +363,8 @@ def set_times(backing: Backing, fd: int, extents: Extents, put: Put, times_ns: t
             restored = True
         st = backing.fstat(fd)
     except OSError as error:
-        return Written(put.done, put.problem or error, None)
+        return Written(done, problem or error, None)
     # A later mtime and a larger size are others' doing since then; an earlier mtime is ours where the store has coarser steps.
     mtime_ns = min(st.st_mtime_ns, times_ns[1]) if restored else st.st_mtime_ns
-    end = max(put.size_before, extents[-1][0] + sum(map(len, extents[-1][1])))
-    return Written(put.done, put.problem, st, (mtime_ns, min(st.st_size, end)))
+    end = max(before.st_size, extents[-1][0] + sum(map(len, extents[-1][1])))
+    return Written(done, problem, st, (mtime_ns, min(st.st_size, end)))

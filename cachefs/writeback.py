@@ -42,10 +42,6 @@ PAUSE_MOST_SECONDS = 0.2  # longest single pause of a writer below the limit
 Batch = list[tuple[int, list[memoryview], list[tuple[Group, int]]]]  # extents: offset, buffers, pages
 
 
-def _nobody_waits() -> None:
-    return
-
-
 class Writeback:
     """Owns the list of files with unwritten data. `settled` is told of each that is clean."""
 
@@ -216,15 +212,12 @@ class Writeback:
 
     # --- one file ----------------------------------------------------------------------------------------------------
 
-    async def flush(self, inode: Inode, landed: Callable[[], None] = _nobody_waits) -> None:
-        """Writes what is dirty of one file now, waits for what is under way, and raises what went wrong.
-
-        `landed` may be called before that: what was dirty is there, only the file's times are not yet.
-        """
+    async def flush(self, inode: Inode) -> None:
+        """Writes what is dirty of one file now, waits for what is under way, and raises what went wrong."""
         async with inode.lock:
-            await self.flush_locked(inode, landed)
+            await self.flush_locked(inode)
 
-    async def flush_locked(self, inode: Inode, landed: Callable[[], None] = _nobody_waits) -> None:
+    async def flush_locked(self, inode: Inode) -> None:
         """The same by a caller that holds `inode.lock`.
 
         One sweep from the first page to what is the last one now: it meets everything that is dirty now, and ends on a
@@ -235,7 +228,7 @@ class Writeback:
             return
         page, end_page = 0, file.end_page
         while page < end_page and file.dirty_pages:
-            page, error = await self.write_batch(inode, page, landed)
+            page, error = await self.write_batch(inode, page)
             if error is not None:
                 raise error
         if not file.unwritten:
@@ -259,10 +252,8 @@ class Writeback:
                 nursery.start_soon(worker)
         return failed
 
-    async def write_batch(
-        self, inode: Inode, from_page: int, landed: Callable[[], None] = _nobody_waits
-    ) -> tuple[int, OSError | None]:
-        """Writes the next extents of a file behind `from_page`, under `inode.lock`; `landed` may be called if these are the last.
+    async def write_batch(self, inode: Inode, from_page: int) -> tuple[int, OSError | None]:
+        """Writes the next extents of a file behind `from_page`, under `inode.lock`.
 
         Returns the page where it ended, and what went wrong, which is noted on the inode too.
         """
@@ -279,9 +270,8 @@ class Writeback:
         start = self.cache.clock()
         last_seq = self.keeper.begin(inode)
         done, error = 0, None
-        told = _nobody_waits if file.dirty_pages else landed
         try:
-            done, error = await file.source.write([(offset, buffers) for offset, buffers, _ in batch], told)
+            done, error = await file.source.write([(offset, buffers) for offset, buffers, _ in batch])
         finally:
             del self._oldest[inode]
             self.keeper.end(inode, _masks(batch[:done]), last_seq)

@@ -1,6 +1,6 @@
 """One file as the page cache sees it: its size, its groups of pages and what it remembers of pages that left."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from cachefs.cache.page import GROUP_SHIFT, IN_GROUP, PAGE_SHIFT, PAGE_SIZE, Group, pieces, runs, span
@@ -19,13 +19,8 @@ class Source(Protocol):
     async def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Bytes read into `buffers` from `offset`, fewer than asked only at the end of the backing file; raises OSError."""
 
-    async def write(
-        self, extents: Sequence[tuple[int, list[memoryview]]], landed: Callable[[], None]
-    ) -> tuple[int, OSError | None]:
-        """Writes extents (offset, buffers) in order; returns how many were written, and what stopped it.
-
-        `landed` may be called before it returns: all of them are there, only the file's times are not yet.
-        """
+    async def write(self, extents: Sequence[tuple[int, list[memoryview]]]) -> tuple[int, OSError | None]:
+        """Writes extents (offset, buffers) in order; returns how many were written, and what stopped it."""
 
 
 class CachedFile:

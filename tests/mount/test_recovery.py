@@ -191,23 +191,6 @@ def test_a_kill_during_the_replay_harms_nothing(mounted: Factory, tmp_path: Path
     assert {path.name: path.read_bytes() for path in mount.source.iterdir()} == contents
 
 
-def test_a_kill_between_a_files_data_and_its_times_harms_neither(mounted: Factory, tmp_path: Path) -> None:
-    plan = put_plan(tmp_path / "plan")
-    mount = mounted("--fault-plan", str(plan))
-    put_plan(plan, {"op": "utime", "hang": True})
-    with open(mount.path / "file", "wb") as file:
-        file.write(b"data" * 5000)
-        file.flush()
-        os.utime(file.fileno(), ns=(3_000_000_007, 5_000_000_007))
-    assert (mount.source / "file").read_bytes() == b"data" * 5000, "close has returned"
-    kill(mount)
-    put_plan(plan)
-    mount.start()
-    wait_until(lambda: (mount.source / "file").stat().st_mtime_ns == 5_000_000_007, "its time is set")
-    assert (mount.path / "file").read_bytes() == b"data" * 5000
-    assert os.listdir(mount.source) == ["file"], "that was no change of somebody else"
-
-
 def test_what_source_refuses_at_the_mount_stays_and_is_tried_again(mounted: Factory, tmp_path: Path) -> None:
     plan = put_plan(tmp_path / "plan")
     mount = mounted(*LATER, "--fault-plan", str(plan))

@@ -43,9 +43,7 @@ class Store:
         buffers[0][: len(piece)] = piece
         return len(piece)
 
-    async def write(
-        self, extents: Sequence[tuple[int, list[memoryview]]], landed: Callable[[], None]
-    ) -> tuple[int, OSError | None]:
+    async def write(self, extents: Sequence[tuple[int, list[memoryview]]]) -> tuple[int, OSError | None]:
         self.calls.append([(offset, sum(map(len, buffers))) for offset, buffers in extents])
         self.at.append(trio.current_time())
         await self.gate.wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -55,9 +55,7 @@ class FakeSource:
             raise error
         return self._copy(buffers[0], offset, data)
 
-    async def write(
-        self, extents: Sequence[tuple[int, list[memoryview]]], landed: Callable[[], None]
-    ) -> tuple[int, OSError | None]:
+    async def write(self, extents: Sequence[tuple[int, list[memoryview]]]) -> tuple[int, OSError | None]:
         raise AssertionError("nobody writes back here")
 
     def _copy(self, buffer: memoryview, offset: int, data: bytes | None = None) -> int:

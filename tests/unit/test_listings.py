@@ -16,7 +16,7 @@ import trio.testing
 from backing.base import RENAME_EXCHANGE, RENAME_NOREPLACE, Entry
 from cachefs.fs import FileSystem
 from cachefs.inode import Inode
-from cachefs.listings import MADE_MAX, NAMES_MAX, KnownAbsent, Listings
+from cachefs.listings import NAMES_MAX, KnownAbsent, Listings
 from cachefs.question import Question
 from world import CALLER, World
 
@@ -275,6 +275,28 @@ def test_regression_a_name_may_be_there_in_another_spelling(tmp_path: Path, give
     over(tmp_path, test)
 
 
+def test_regression_of_two_names_that_differ_in_case_one_may_go(tmp_path: Path) -> None:
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        made = await made_here(world)
+        for name in (b"xt_MARK.h", b"xt_mark.h"):
+            await world.fs.creation.symlink(made, name, b"target", CALLER)
+        await world.fs.unlink(made, b"xt_mark.h")
+        assert not world.fs.listings.seconds_absent(made, b"xt_MARK.h")
+        await world.fs.unlink(made, b"xt_MARK.h")
+        assert world.fs.listings.seconds_absent(made, b"xt_MARK.h")
+
+    over(tmp_path, test)
+
+
+def test_a_name_that_is_too_long_is_left_to_the_store(tmp_path: Path) -> None:
+    async def test(world: World, clock: trio.testing.MockClock) -> None:
+        with pytest.raises(OSError) as error:
+            await world.fs.lookup(await made_here(world), b"x" * 256)
+        assert error.value.errno == errno.ENAMETOOLONG
+
+    over(tmp_path, test)
+
+
 @pytest.mark.parametrize("name", [b".snapshot", b"~snapshot", b".zfs"])
 def test_regression_a_name_that_stores_have_and_do_not_list_is_asked_for(tmp_path: Path, name: bytes) -> None:
     async def test(world: World, clock: trio.testing.MockClock) -> None:
@@ -332,10 +354,10 @@ def test_of_directories_made_here_what_is_believed_no_more_is_not_remembered(tmp
             await world.fs.creation.mkdir(world.table.root, b"%d" % number, 0o40755, CALLER)
             clock.jump(TTL_SECONDS / 4)
         assert len(listings._made) < 10
-        directory = next(reversed(listings._made))
-        for number in range(MADE_MAX + 1):
+        *_, older, directory = listings._made
+        for number in range(NAMES_MAX + 1):
             listings.changed(directory, b"%d" % number, True)
-        assert directory not in listings._made
+        assert older not in listings._made and not listings._made_names
 
     over(tmp_path, test)
 

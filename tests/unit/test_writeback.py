@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import trio
@@ -164,8 +164,8 @@ async def test_regression_flush_writes_the_pages_behind_a_busy_start_of_the_file
         assert inode.file is not None
         file, write = inode.file, store.write
 
-        async def busy(extents: Sequence[tuple[int, list[memoryview]]], landed: Callable[[], None]) -> tuple[int, OSError | None]:
-            result = await write(extents, landed)
+        async def busy(extents: Sequence[tuple[int, list[memoryview]]]) -> tuple[int, OSError | None]:
+            result = await write(extents)
             it.cache.write(file, 0, b"b" * 2 * GROUP_SIZE)
             return result
 
@@ -182,8 +182,8 @@ async def test_regression_background_writing_reaches_the_pages_behind_a_busy_sta
         assert inode.file is not None
         file, write = inode.file, store.write
 
-        async def busy(extents: Sequence[tuple[int, list[memoryview]]], landed: Callable[[], None]) -> tuple[int, OSError | None]:
-            result = await write(extents, landed)
+        async def busy(extents: Sequence[tuple[int, list[memoryview]]]) -> tuple[int, OSError | None]:
+            result = await write(extents)
             it.cache.write(file, 0, b"b" * BATCH_BYTES)
             return result
 
