@@ -227,16 +227,22 @@ def test_processors_are_kept_ready_for_requests_in_a_row_and_for_nothing_else(mo
         seconds: float = mount.ask("status")["statistics"]["filesystem"]["ready_seconds"]  # type: ignore[index]
         return seconds
 
-    before, start = ready_seconds(), time.monotonic()
-    with opened(mount.path / "f", os.O_RDONLY) as fd:
-        for i in range(2000):
-            os.pread(fd, 4096, i % 256 * 4096)
-    passed = time.monotonic() - start
-    held = ready_seconds() - before
+    def burst() -> tuple[float, float]:
+        """Seconds that 2,000 requests took, and for how many of these processors were ready."""
+        before, start = ready_seconds(), time.monotonic()
+        with opened(mount.path / "f", os.O_RDONLY) as fd:
+            for i in range(2000):
+                os.pread(fd, 4096, i % 256 * 4096)
+        passed = time.monotonic() - start
+        return passed, ready_seconds() - before
+
+    bursts = [burst() for _ in range(10)]
     if mode == "off":
-        assert held == 0
+        assert not any(held for _, held in bursts)
         return
-    assert passed / 10 < held < passed + 0.1
+    assert all(held < passed + 0.1 for passed, held in bursts)
+    # Not all of them: on a processor that both have to share, the daemon never sleeps, as there always is a request.
+    assert any(passed / 10 < held for passed, held in bursts)
     wait_until(lambda: ready_seconds() == ready_seconds(), 10)
     still = ready_seconds()
     time.sleep(0.3)  # in which nothing is to happen
