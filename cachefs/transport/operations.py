@@ -40,6 +40,9 @@ def request(method: F) -> F:
     @functools.wraps(method)
     async def handler(self: "Operations", *args: Any) -> Any:
         start = time.perf_counter()
+        if self.rouse is not None:
+            rouse, self.rouse = self.rouse, None
+            rouse()
         try:
             return await method(self, *args)
         except FUSEError:
@@ -111,6 +114,7 @@ class Operations(pyfuse3.Operations):
         self.on_init = on_init
         names = [name for name in dir(type(self)) if hasattr(getattr(type(self), name), "is_request")]
         self.durations = {name: Histogram() for name in names}
+        self.rouse: Callable[[], None] | None = None  # to be called once, before the next request is handled
 
         logging.getLogger("pyfuse3").addFilter(wanted)
 

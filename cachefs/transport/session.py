@@ -27,7 +27,7 @@ class Session(Protocol):
         """Serves until the file system is unmounted or `terminate` was called."""
 
     def when_asked(self, rouse: Callable[[], None]) -> bool:
-        """Calls `rouse` once, when the next request comes after a sleep; False where it cannot."""
+        """Calls `rouse` once, before the next request is handled, or when it ends a sleep; False where it cannot."""
 
     def terminate(self) -> None:
         """Reads no more requests; `run` ends when those under way are answered."""
@@ -59,9 +59,9 @@ class Pyfuse3Session:
             connection.hand_over()
             begun()
 
-        operations = Operations(fs, kernel_cache, ttl_seconds, self._forget_attributes, begin)
-        self.durations = operations.durations
-        pyfuse3.init(operations, connection.for_libfuse(), set())
+        self._operations = Operations(fs, kernel_cache, ttl_seconds, self._forget_attributes, begin)
+        self.durations = self._operations.durations
+        pyfuse3.init(self._operations, connection.for_libfuse(), set())
         seam.enable()
 
     def _forget_attributes(self, node: int) -> None:
@@ -71,7 +71,8 @@ class Pyfuse3Session:
         await pyfuse3.main(max_tasks=WORKERS_MAX)
 
     def when_asked(self, rouse: Callable[[], None]) -> bool:
-        return False
+        self._operations.rouse = rouse
+        return True
 
     def terminate(self) -> None:
         pyfuse3.terminate()

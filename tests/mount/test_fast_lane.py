@@ -168,8 +168,9 @@ def times_asleep(mount: Mount) -> int:
     return int(status.split("voluntary_ctxt_switches:")[1].split()[0])
 
 
-def test_an_idle_mount_is_not_woken_up_and_goes_on_when_it_is_used(mounted: Factory) -> None:
-    mount = mounted("--write-through", "off", "--dirty-expire", "1s")
+@both
+def test_an_idle_mount_is_not_woken_up_and_goes_on_when_it_is_used(mounted: Factory, lane: str) -> None:
+    mount = mounted("--write-through", "off", "--dirty-expire", "1s", "--fast-lane", lane)
     path = mount.path / "f"
     path.write_bytes(b"x" * 100_000)
 
