@@ -18,10 +18,10 @@ from cachefs.cli import listing
 from cachefs.errors import CachefsError
 from cachefs.inode import Inode
 from cachefs.viewcommands import ViewCommands
+from stalls import assert_short_turns
 from world import World
 
 P = PAGE_SIZE
-STALL_SECONDS = 0.02
 LISTING_SECONDS = 2.0
 
 
@@ -130,8 +130,8 @@ def test_a_million_pages_are_listed_in_two_seconds_and_stall_nobody_for_twenty_m
 
     async def test(world: World) -> None:
         for i in range(1000):
-            (tmp_path / f"f{i}").touch()
-            os.truncate(tmp_path / f"f{i}", 5 * GROUP_SIZE)
+            (top / f"f{i}").touch()
+            os.truncate(top / f"f{i}", 5 * GROUP_SIZE)
             inode, number = await world.open(f"f{i}", os.O_RDONLY)
             for group in range(5):
                 for run in range(10):
@@ -157,7 +157,15 @@ def test_a_million_pages_are_listed_in_two_seconds_and_stall_nobody_for_twenty_m
         seconds = time.thread_time() - start
         print(f"{shown} extents in {seconds:.2f} s, longest stall {max(stalls) * 1e3:.1f} ms of {len(stalls)}")
         assert shown == 50_000
-        assert max(stalls) < STALL_SECONDS
         assert seconds < LISTING_SECONDS
+        longest.append(max(stalls))
 
-    in_world(tmp_path, 1_000_000, test)
+    def longest_turn(directory: Path) -> float:
+        nonlocal top
+        top = directory
+        in_world(directory, 1_000_000, test)
+        return longest[-1]
+
+    longest: list[float] = []
+    top = tmp_path
+    assert_short_turns(tmp_path, longest_turn)
