@@ -51,6 +51,8 @@ def check(tree: Tree, pending: Operation | None, root: Path) -> tuple[list[str],
     found = look(root)
     if pending is None or pending[0] == "write":
         return differences(tree, found, pending), tree
+    if len(pending) > 1 and isinstance(pending[1], int) and pending[1] not in tree.files:
+        return differences(tree, found), tree  # of a file without a name: it changes nothing that is there
     complaints = differences(tree, found)
     if not complaints:
         return [], tree
