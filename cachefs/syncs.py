@@ -3,7 +3,6 @@
 import os
 from itertools import count
 
-import outcome
 import trio
 
 from backing.aio import SyncQueue
@@ -18,6 +17,7 @@ class Syncs:
         self._queue: SyncQueue | None = None
         self._asked = backing.blocking  # a store that may hang has its calls in threads that can be left behind
         self._waiting: dict[int, trio.lowlevel.Task] = {}  # {tag: who waits}
+        self._ended: dict[int, int] = {}  # {tag: errno, 0 = all is well}, until who waits has it
         self._tags = count()
 
     async def fsync(self, fd: int, datasync: bool) -> bool:
@@ -27,6 +27,8 @@ class Syncs:
             return False
         self._waiting[tag] = trio.lowlevel.current_task()
         await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        if number := self._ended.pop(tag):
+            raise OSError(number, os.strerror(number))
         return True
 
     def _begin(self, fd: int, datasync: bool, tag: int) -> bool:
@@ -47,8 +49,8 @@ class Syncs:
             while True:
                 await trio.lowlevel.wait_readable(queue.fd)
                 for tag, number in queue.ended():
-                    result = outcome.Error(OSError(number, os.strerror(number))) if number else outcome.Value(None)
-                    trio.lowlevel.reschedule(self._waiting.pop(tag), result)
+                    self._ended[tag] = number
+                    trio.lowlevel.reschedule(self._waiting.pop(tag))
         finally:
             self._queue = None
             queue.close()
